@@ -1,0 +1,266 @@
+"""Sixteen-lane vectors for Numba: the words in which the kernels are written.
+
+A kernel is plain Numba code over values of these types. Generic operations are emitted as LLVM vector code, which
+LLVM splits for narrower machines (a 512-bit value is two 256-bit registers on AVX2); only the integer dot product names
+instructions, one spelling per instruction set. Floating-point operations are plain IEEE (no contraction, no fast
+math), so every instruction set, and NumPy, computes the same bits in the same order.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+from quant.cpu import ISA
+
+# For the parts of a kernel: without reference counts, whose atomic updates would drain the pipeline at every tile.
+# What they return must not be an array where the caller is an ordinary `njit` function: it would count down.
+kernel = njit(_nrt=False)
+
+I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+
+
+class Vector(types.Type):
+    """A Numba type for an LLVM vector value; lives in registers, never in arrays."""
+
+    def __init__(self, name: str, element: ir.Type, lanes: int) -> None:
+        self.ir = ir.VectorType(element, lanes)
+        super().__init__(name=name)
+
+
+@register_model(Vector)
+class VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Vector) -> None:
+        super().__init__(dmm, fe_type, fe_type.ir)
+
+
+u8x64 = Vector("u8x64", I8, 64)
+i16x16 = Vector("i16x16", I16, 16)
+i16x32 = Vector("i16x32", I16, 32)
+i32x16 = Vector("i32x16", I32, 16)
+f32x16 = Vector("f32x16", F32, 16)
+
+Emit = Callable[..., Any]
+
+
+def constant(vector: ir.VectorType, value: float) -> ir.Constant:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def operation(result: types.Type, arguments: tuple[types.Type, ...], emit: Emit) -> Any:
+    """A Numba intrinsic `result(*arguments)` whose code is `emit(builder, *values)`."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return emit(builder, *args)
+
+    signature = result(*arguments)
+    typed = {
+        1: lambda typingctx, a: (signature, codegen),
+        2: lambda typingctx, a, b: (signature, codegen),
+        3: lambda typingctx, a, b, c: (signature, codegen),
+    }
+    return intrinsic(typed[len(arguments)])
+
+
+def at(context: Any, builder: Any, array_type: Any, array: Any, offset: Any, element: ir.Type) -> Any:
+    """Pointer to `element` at byte `offset` of a one-dimensional array's data."""
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.bitcast(builder.gep(builder.bitcast(data, I8.as_pointer()), [offset]), element.as_pointer())
+
+
+def splat(builder: Any, scalar: Any, vector: ir.VectorType) -> Any:
+    undefined = ir.Constant(vector, ir.Undefined)
+    zeros = constant(ir.VectorType(I32, vector.count), 0)
+    return builder.shuffle_vector(builder.insert_element(undefined, scalar, ir.Constant(I32, 0)), undefined, zeros)
+
+
+def load(vector: Vector) -> Any:
+    def typed(typingctx: Any, array: Any, offset: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return builder.load(at(context, builder, sig.args[0], args[0], args[1], vector.ir), align=1)
+
+        return vector(array, types.intp), codegen
+
+    return intrinsic(typed)
+
+
+load_u8x64 = load(u8x64)  # load_*(array, byte_offset): unaligned
+load_i16x16 = load(i16x16)
+load_i32x16 = load(i32x16)
+load_f32x16 = load(f32x16)
+
+
+@intrinsic
+def store_f32x16(typingctx, array, offset, value):
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.store(args[2], at(context, builder, sig.args[0], args[0], args[1], f32x16.ir), align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, f32x16), codegen
+
+
+@intrinsic
+def store_i8x16(typingctx, array, offset, value):
+    """Store sixteen int32 lanes as int8 (the low byte of each)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        narrow = ir.VectorType(I8, 16)
+        builder.store(
+            builder.trunc(args[2], narrow), at(context, builder, sig.args[0], args[0], args[1], narrow), align=1
+        )
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, i32x16), codegen
+
+
+@intrinsic
+def broadcast4(typingctx, array, offset):
+    """Four adjacent bytes repeated sixteen times."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        word = builder.load(at(context, builder, sig.args[0], args[0], args[1], I32), align=1)
+        return builder.bitcast(splat(builder, word, i32x16.ir), u8x64.ir)
+
+    return u8x64(array, types.intp), codegen
+
+
+@intrinsic
+def prefetch(typingctx, array, offset):
+    """Ask for the cache line at byte `offset`; harmless past the end."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = at(context, builder, sig.args[0], args[0], args[1], I8)
+        signature = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+        builder.call(function, [pointer, *(ir.Constant(I32, value) for value in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+def _call(builder: Any, name: str, result: ir.Type, *args: Any) -> Any:
+    signature = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)
+
+
+def _unary(name: str, vector: Vector) -> Any:
+    return operation(vector, (vector,), lambda b, x: _call(b, name, vector.ir, x))
+
+
+splat_i32 = operation(i32x16, (types.int32,), lambda b, x: splat(b, x, i32x16.ir))
+splat_f32 = operation(f32x16, (types.float32,), lambda b, x: splat(b, x, f32x16.ir))
+add_i32 = operation(i32x16, (i32x16, i32x16), lambda b, x, y: b.add(x, y))
+sub_i32 = operation(i32x16, (i32x16, i32x16), lambda b, x, y: b.sub(x, y))
+eightfold = operation(i32x16, (i32x16,), lambda b, x: b.shl(x, constant(i32x16.ir, 3)))
+sixteenth = operation(i32x16, (i32x16,), lambda b, x: b.ashr(x, constant(i32x16.ir, 4)))  # of a multiple of 16
+xor_i32 = operation(i32x16, (i32x16, i32x16), lambda b, x, y: b.xor(x, y))
+add_i16 = operation(i16x32, (i16x32, i16x32), lambda b, x, y: b.add(x, y))
+add_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: b.fadd(x, y))
+sub_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: b.fsub(x, y))
+mul_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: b.fmul(x, y))
+div_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: b.fdiv(x, y))
+min_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
+# Both maxima keep NaN, so that damaged weights show in the output instead of becoming some int8 value.
+max_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: _call(b, "llvm.maximum.v16f32", f32x16.ir, x, y))
+abs_f32 = _unary("llvm.fabs.v16f32", f32x16)
+round_f32 = _unary("llvm.rint.v16f32", f32x16)  # half to even, as numpy.rint
+to_f32 = operation(f32x16, (i32x16,), lambda b, x: b.sitofp(x, f32x16.ir))
+to_i32 = operation(i32x16, (f32x16,), lambda b, x: b.fptosi(x, i32x16.ir))
+horizontal_xor = operation(types.int32, (i32x16,), lambda b, x: _call(b, "llvm.vector.reduce.xor.v16i32", I32, x))
+horizontal_sum = operation(types.int32, (i32x16,), lambda b, x: _call(b, "llvm.vector.reduce.add.v16i32", I32, x))
+horizontal_max = operation(
+    types.float32, (f32x16,), lambda b, x: _call(b, "llvm.vector.reduce.fmaximum.v16f32", F32, x)
+)
+
+
+def _bf16_to_f32(b: Any, x: Any) -> Any:
+    return b.bitcast(b.shl(b.zext(x, i32x16.ir), constant(i32x16.ir, 16)), f32x16.ir)
+
+
+def _power_of_two(b: Any, n: Any) -> Any:
+    return b.bitcast(b.shl(b.add(n, constant(i32x16.ir, 127)), constant(i32x16.ir, 23)), f32x16.ir)
+
+
+def _high_nibbles_down(b: Any, x: Any) -> Any:
+    words = ir.VectorType(I16, 32)  # no machine shifts bytes: shift 16-bit words and mask what leaks in
+    shifted = b.lshr(b.bitcast(x, words), constant(words, 4))
+    return b.and_(b.bitcast(shifted, u8x64.ir), constant(u8x64.ir, 15))
+
+
+bf16_to_f32 = operation(f32x16, (i16x16,), _bf16_to_f32)
+power_of_two = operation(f32x16, (i32x16,), _power_of_two)  # 2**n for -126 <= n <= 127
+low_nibbles = operation(u8x64, (u8x64,), lambda b, x: b.and_(x, constant(u8x64.ir, 15)))
+high_nibbles = operation(u8x64, (u8x64,), lambda b, x: b.and_(x, constant(u8x64.ir, 0xF0)))  # times sixteen
+high_nibbles_down = operation(u8x64, (u8x64,), _high_nibbles_down)
+
+
+def _halves(b: Any, x: Any) -> list[Any]:
+    count = x.type.count // 2
+    undefined = ir.Constant(x.type, ir.Undefined)
+    lanes = ir.VectorType(I32, count)
+    return [
+        b.shuffle_vector(x, undefined, ir.Constant(lanes, [start + i for i in range(count)])) for start in (0, count)
+    ]
+
+
+def _joined(b: Any, low: Any, high: Any) -> Any:
+    count = low.type.count * 2
+    return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, count), list(range(count))))
+
+
+def _by_halves(b: Any, name: str, result: ir.Type, *args: Any) -> Any:
+    """A 256-bit instruction applied to both halves of 512-bit operands."""
+    parts = [_call(b, name, result, *halves) for halves in zip(*(_halves(b, arg) for arg in args), strict=True)]
+    return _joined(b, *parts)
+
+
+def _dot4_512(b: Any, acc: Any, weights: Any, x: Any) -> Any:
+    return _call(b, "llvm.x86.avx512.vpdpbusd.512", i32x16.ir, acc, weights, x)
+
+
+def _dot4_256(b: Any, acc: Any, weights: Any, x: Any) -> Any:
+    return _by_halves(b, "llvm.x86.avx512.vpdpbusd.256", ir.VectorType(I32, 8), acc, weights, x)
+
+
+def _dot4_generic(b: Any, acc: Any, weights: Any, x: Any) -> Any:
+    wide = ir.VectorType(I32, 64)
+    products = b.mul(b.zext(weights, wide), b.sext(x, wide))
+    undefined = ir.Constant(wide, ir.Undefined)
+    for k in range(4):
+        lanes = ir.Constant(ir.VectorType(I32, 16), [4 * i + k for i in range(16)])
+        acc = b.add(acc, b.shuffle_vector(products, undefined, lanes))
+    return acc
+
+
+def _pairs_i8(b: Any, weights: Any, x: Any) -> Any:
+    return _by_halves(b, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), weights, x)
+
+
+def _pairs_i16(b: Any, x: Any) -> Any:
+    return _by_halves(b, "llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), x, constant(i16x32.ir, 1))
+
+
+DOT4 = {"avx512vnni": _dot4_512, "avxvnni": _dot4_256}
+# dot4(acc, weights, x): acc[i] + sum over k of weights[4i+k] (0..255) * x[4i+k] (-128..127)
+dot4 = operation(i32x16, (i32x16, u8x64, u8x64), DOT4.get(ISA, _dot4_generic))
+# The AVX2 spelling, two steps: u8 x s8 pairs added with 16-bit saturation, then 16-bit pairs added into 32 bits.
+pairs_i8 = operation(i16x32, (u8x64, u8x64), _pairs_i8)
+pairs_i16 = operation(i32x16, (i16x32,), _pairs_i16)
+
+
+def _atomic(emit: Emit) -> Any:
+    def typed(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            offset = builder.mul(args[1], ir.Constant(args[1].type, 8))
+            return emit(builder, at(context, builder, sig.args[0], args[0], offset, ir.IntType(64)), args[2])
+
+        return types.int64(array, types.intp, types.int64), codegen
+
+    return intrinsic(typed)
+
+
+# atomic_add(counters, i, n): counters[i] += n, returning the old value; with n = 0 an ordered read.
+atomic_add = _atomic(lambda b, pointer, value: b.atomic_rmw("add", pointer, value, "seq_cst"))
