@@ -1,0 +1,226 @@
+"""`Kimi`: a loaded model that can be talked to. Engine and chat put together, nothing else."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid.chat.message import Message
+from hybrid.chat.parser import ReplyParser
+from hybrid.chat.template import ChatTemplate
+from hybrid.chat.tokenizer import Tokenizer
+from hybrid.checkpoint import Checkpoint, open_checkpoint
+from hybrid.config import ModelConfig
+from hybrid.device import choose_device, use_threads
+from hybrid.engine.engine import Engine
+from hybrid.engine.request import Request
+from hybrid.engine.sampler import SamplingParams
+from hybrid.errors import DoesNotFit, UsageError
+from hybrid.memory.bandwidth import ram_ceiling_gbps
+from hybrid.memory.hardware import available_ram
+from hybrid.memory.kv_cache import KVCache
+from hybrid.model.transformer import Placement, Transformer
+from hybrid.progress import OnProgress, Progress, ignore
+from hybrid.reply import Reply, Stats
+
+DEFAULT_CTX = 32768
+PREFILL_CHUNK = 256
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# Thinking and instant, as Moonshot recommends for K2.5.
+RECOMMENDED = {True: {"temperature": 1.0, "top_p": 0.95}, False: {"temperature": 0.6, "top_p": 0.95}}
+GIB = 1 << 30
+
+__all__ = ["Kimi", "Message", "Reply", "SamplingParams", "Stats"]
+
+
+class Kimi:
+    """A model in memory. One thread at a time may iterate its replies; use as a context manager or `close` it."""
+
+    def __init__(self, checkpoint: Checkpoint, model: Transformer, kv: KVCache, prefill_chunk: int) -> None:
+        """Use `Kimi.load`."""
+        self._checkpoint = checkpoint
+        self._engine = Engine(model, kv, prefill_chunk)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | None = None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        threads: int | None = None,
+        ctx: int | None = None,
+        activations: str = "int8",
+        prefill_chunk: int = PREFILL_CHUNK,
+        on_progress: OnProgress | None = None,
+    ) -> "Kimi":
+        """Load a model directory; `None` is the demo model, built on first use.
+
+        dtype bfloat16 (default) or float32, of the resident weights; activations int8 (default) or float32, of the
+        routed experts' inputs; ctx in tokens. Raises CheckpointError for a model that is missing, damaged or unknown,
+        and DoesNotFit, before reading weights, when memory will not hold it.
+        """
+        if activations not in ("int8", "float32") or dtype not in (None, *DTYPES):
+            raise UsageError(f"activations {activations!r} with dtype {dtype!r} is not a choice.", "See --help.")
+        report = on_progress or ignore
+        placement = Placement(
+            choose_device(device), DTYPES[dtype or "bfloat16"], activations == "float32", use_threads(threads)
+        )
+        checkpoint = open_checkpoint(_demo(report) if path is None else path)
+        config = checkpoint.config
+        tokens = min(ctx or DEFAULT_CTX, config.max_position_embeddings)
+        if ctx and ctx > tokens:
+            raise UsageError(f"The context of {ctx:,} tokens is too long.", f"This model takes {tokens:,}.")
+        _require_memory(checkpoint, placement, tokens)
+        layers = config.num_hidden_layers
+        model = Transformer(checkpoint, placement, lambda done: report(Progress("load", done, layers, "layers")))
+        kv = KVCache(config, tokens, dtype=placement.dtype, device=placement.device)
+        kimi = cls(checkpoint, model, kv, prefill_chunk)
+        kimi._compile(report)
+        return kimi
+
+    # -- what it is -------------------------------------------------------------------------------------------------
+    @property
+    def config(self) -> ModelConfig:
+        return self._checkpoint.config
+
+    @property
+    def path(self) -> Path:
+        return self._checkpoint.path
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return self._checkpoint.generation_config
+
+    @property
+    def ctx(self) -> int:
+        """Tokens of context: prompt and answer together."""
+        return self._engine.kv.capacity
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_directory(self.path)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate.from_directory(self.path)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ends of a turn, from the tokenizer and both configurations."""
+        return self.tokenizer.stop_ids | frozenset(self.config.eos_token_ids)
+
+    @property
+    def default_thinking(self) -> bool:
+        """Whether replies reason first unless told otherwise; a checkpoint's generation_config may say it cannot."""
+        return self.generation_config.get("thinking") is not False
+
+    def default_params(self, thinking: bool) -> SamplingParams:
+        """Sampling as the checkpoint's generation_config says, else as recommended for the mode."""
+        values: dict[str, Any] = dict(RECOMMENDED[thinking])
+        known = ("temperature", "top_p", "top_k", "min_p")
+        values |= {key: self.generation_config[key] for key in known if self.generation_config.get(key) is not None}
+        if self.generation_config.get("do_sample") is False:
+            values["temperature"] = 0.0
+        return SamplingParams(**values, stop_ids=self.stop_ids)
+
+    # -- what it does -----------------------------------------------------------------------------------------------
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """fp32 [tokens, vocab]: the scores of what follows every prefix of `token_ids`."""
+        return self._engine.logits(list(token_ids))
+
+    def generate(self, token_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+        """New ids after `token_ids`, the stop id included."""
+        return self._engine.stream(Request(list(token_ids), params))
+
+    def reply(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        thinking: bool | None = None,
+        think_budget: int | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Reply:
+        """The next turn of a conversation. Raises ContextExceeded before computing anything when it does not fit."""
+        thinking = self.default_thinking if thinking is None else thinking
+        prompt = self._render(messages, tools, thinking)
+        report = on_progress or ignore
+        request = Request(
+            prompt,
+            params or self.default_params(thinking),
+            on_prefill=lambda done, total: report(Progress("prefill", done, total, "tok")),
+        )
+        calls = sum(len(message.tool_calls) for message in messages)
+        parser = ReplyParser(self.tokenizer, thinking, calls)
+        return Reply(self._engine, self.tokenizer, request, parser, think_budget)
+
+    def count_tokens(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+        thinking: bool | None = None,
+    ) -> int:
+        """Tokens of the prompt that `reply` would send."""
+        return len(self._render(messages, tools, self.default_thinking if thinking is None else thinking))
+
+    def expert_report(self) -> dict[str, Any]:
+        """Use of the routed experts since loading: `layers`, and `counts` int64 [layers, experts] as lists."""
+        stats = self._engine.model.stats
+        return {"layers": list(stats.layers), "counts": [stats.counts[layer].tolist() for layer in stats.layers]}
+
+    def ram_ceiling_gbps(self) -> float:
+        """This machine's read bandwidth at the threads in use, in GB/s; measured once per machine and kept."""
+        return ram_ceiling_gbps(torch.get_num_threads())
+
+    def close(self) -> None:
+        """Let go of the weights' files."""
+        self._checkpoint.close()
+
+    def __enter__(self) -> "Kimi":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, thinking: bool) -> list[int]:
+        return self.template.render_ids(messages, self.tokenizer, tools=tools, thinking=thinking)
+
+    def _compile(self, report: OnProgress) -> None:
+        """Run every kernel once, so that compilation (seconds, first run only) happens where progress is shown."""
+        report(Progress("compile", 0, 1, "kernels"))
+        self._engine.logits([0])
+        self._engine.model.stats.reset()
+        report(Progress("compile", 1, 1, "kernels"))
+
+
+def _demo(report: OnProgress) -> Path:
+    from hybrid.demo import demo_path
+
+    return demo_path(lambda done, total, text: report(Progress("demo", done, total, text)))
+
+
+def _require_memory(checkpoint: Checkpoint, placement: Placement, tokens: int) -> None:
+    """Refuse, with the sizes, what memory cannot hold: before a weight is read."""
+    itemsize = placement.dtype.itemsize
+    parts = checkpoint.load_bytes(itemsize)
+    cache = tokens * checkpoint.config.kv_bytes_per_token(itemsize)
+    needed, available = sum(parts.values()) + cache, available_ram()
+    if needed > available:
+        sizes = ", ".join(f"{name} {size / GIB:,.1f} GiB" for name, size in parts.items())
+        raise DoesNotFit(
+            f"This model needs {needed / GIB:,.1f} GiB of memory ({sizes}, KV cache {cache / GIB:,.1f} GiB for "
+            f"{tokens:,} tokens) and {available / GIB:,.1f} GiB are free.",
+            "Nothing was read. Use a smaller --ctx, a smaller model, or a machine with more memory.",
+        )

@@ -1,0 +1,64 @@
+"""The latent KV cache: per token and layer one row of kv_lora_rank + qk_rope_head_dim values, in pages.
+
+K2.5 keeps 576 values per token and layer (70,272 bytes per token in bf16) where keys and values spelled out per head
+would take 2.5 MB.
+"""
+
+import torch
+from torch import Tensor
+
+from hybrid.config import ModelConfig
+
+PAGE_SIZE = 64
+
+
+class KVCache:
+    """Pages of latent rows shared by all sequences; a sequence is a list of page numbers."""
+
+    def __init__(self, config: ModelConfig, tokens: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Room for `tokens` tokens, rounded up to whole pages; on a CPU memory is taken as it is first written."""
+        self.num_pages = -(-tokens // PAGE_SIZE)
+        shape = (config.num_hidden_layers, self.num_pages * PAGE_SIZE, config.latent_dim)
+        self.rows = torch.empty(shape, dtype=dtype, device=device)
+        self.free = list(range(self.num_pages - 1, -1, -1))  # lowest page last: handed out in memory order
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        return self.num_pages * PAGE_SIZE
+
+    def extend(self, page_table: list[int], tokens: int) -> None:
+        """Append pages to `page_table` until it holds `tokens` tokens; the caller has checked that there are enough."""
+        missing = -(-tokens // PAGE_SIZE) - len(page_table)
+        assert missing <= len(self.free), (missing, len(self.free))
+        page_table.extend(self.free.pop() for _ in range(missing))
+
+    def release(self, page_table: list[int], tokens: int = 0) -> None:
+        """Give back the pages of `page_table` beyond its first `tokens` tokens."""
+        kept = -(-tokens // PAGE_SIZE)
+        self.free.extend(reversed(page_table[kept:]))
+        self.free.sort(reverse=True)
+        del page_table[kept:]
+
+    def write(self, layer: int, page_table: tuple[int, ...], past: int, rows: Tensor) -> None:
+        """Store `rows` [tokens, latent_dim] at positions past.. of a sequence."""
+        run = self._run(page_table, past, past + len(rows))
+        if isinstance(run, slice):
+            self.rows[layer, run] = rows
+        else:
+            self.rows[layer].index_copy_(0, run, rows)
+
+    def read(self, layer: int, page_table: tuple[int, ...], tokens: int) -> Tensor:
+        """The first `tokens` rows of a sequence, [tokens, latent_dim]; a view where its pages lie in a row."""
+        run = self._run(page_table, 0, tokens)
+        return self.rows[layer, run] if isinstance(run, slice) else self.rows[layer].index_select(0, run)
+
+    def _run(self, page_table: tuple[int, ...], start: int, stop: int) -> slice | Tensor:
+        """Where positions start..stop of a sequence lie in `rows`."""
+        first, last = start // PAGE_SIZE, -(-stop // PAGE_SIZE)
+        pages = page_table[first:last]
+        if pages == tuple(range(pages[0], pages[0] + len(pages))):
+            offset = (pages[0] - first) * PAGE_SIZE
+            return slice(offset + start, offset + stop)
+        slots = (torch.tensor(pages)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).view(-1)
+        return slots[start - first * PAGE_SIZE : stop - first * PAGE_SIZE].to(self.rows.device)

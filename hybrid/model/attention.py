@@ -1,0 +1,116 @@
+"""Multi-head latent attention in absorbed form: every head reads the one compressed row kept per token.
+
+With W = kv_b_proj as [heads, nope + v, rank], the naive scores q_nope . (W_k c) equal (W_k^T q_nope) . c, and the
+values sum_p p W_v c equal W_v (sum_p p c). So the cache holds only c (after its norm) and the rotated shared key.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid.config import ModelConfig
+from hybrid.memory.kv_cache import KVCache
+from hybrid.model.batch import Batch, Segment
+from hybrid.model.layers import Weights, rms_norm
+from hybrid.model.rope import rotate
+
+SCORES_AT_ONCE = 16 << 20  # scores of one tile, 64 MiB of fp32
+
+
+@dataclass(frozen=True)
+class QueryProjection:
+    """Hidden state to queries: low-rank with a norm in between, or one matrix."""
+
+    q_proj: Tensor | None
+    q_a_proj: Tensor | None
+    q_a_bias: Tensor | None
+    q_a_layernorm: Tensor | None
+    q_b_proj: Tensor | None
+    eps: float
+
+    @classmethod
+    def load(cls, config: ModelConfig, tensor: Weights, linear: Weights, prefix: str) -> "QueryProjection":
+        if config.q_lora_rank is None:
+            return cls(linear(f"{prefix}.q_proj"), None, None, None, None, config.rms_norm_eps)
+        a, b = linear(f"{prefix}.q_a_proj"), linear(f"{prefix}.q_b_proj")
+        bias = tensor(f"{prefix}.q_a_proj.bias") if config.attention_bias else None
+        return cls(None, a, bias, tensor(f"{prefix}.q_a_layernorm.weight"), b, config.rms_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [tokens, hidden] -> [tokens, heads * qk_head_dim]."""
+        if self.q_a_proj is None or self.q_a_layernorm is None or self.q_b_proj is None:
+            assert self.q_proj is not None
+            return F.linear(x, self.q_proj)
+        latent = F.linear(x, self.q_a_proj, self.q_a_bias)
+        return F.linear(rms_norm(latent, self.q_a_layernorm, self.eps), self.q_b_proj)
+
+
+class Attention:
+    """One layer's attention; reads and extends its layer of the KV cache."""
+
+    def __init__(self, config: ModelConfig, layer: int, tensor: Weights, linear: Weights) -> None:
+        prefix = f"layers.{layer}.self_attn"
+        self.config = config
+        self.layer = layer
+        self.query = QueryProjection.load(config, tensor, linear, prefix)
+        self.kv_a_proj = linear(f"{prefix}.kv_a_proj_with_mqa")
+        self.kv_a_layernorm = tensor(f"{prefix}.kv_a_layernorm.weight")
+        self.o_proj = linear(f"{prefix}.o_proj")
+        biased = config.attention_bias
+        self.kv_a_bias = tensor(f"{prefix}.kv_a_proj_with_mqa.bias") if biased else None
+        self.o_bias = tensor(f"{prefix}.o_proj.bias") if biased else None
+        heads, nope, v = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+        absorbed = linear(f"{prefix}.kv_b_proj").view(heads, nope + v, config.kv_lora_rank)
+        self.w_k, self.w_v = absorbed[:, :nope], absorbed[:, nope:]  # [heads, nope, rank], [heads, v, rank]
+
+    def forward(self, x: Tensor, batch: Batch, kv: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [tokens, hidden] (normed) -> [tokens, hidden]; cos, sin [tokens, rope / 2]."""
+        queries = self._queries(x, cos, sin)
+        rows = self._latent_rows(x, cos, sin)
+        out = [self._attend(queries[s.start : s.stop], rows[s.start : s.stop], s, kv) for s in batch.segments]
+        return F.linear(torch.cat(out) if len(out) > 1 else out[0], self.o_proj, self.o_bias)
+
+    def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[tokens, heads, latent_dim]: each head's query, absorbed, beside its rotated part."""
+        config = self.config
+        q = self.query.forward(x).view(len(x), config.num_attention_heads, config.qk_head_dim)
+        q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_latent = torch.bmm(q_nope.transpose(0, 1), self.w_k).transpose(0, 1)
+        return torch.cat((q_latent, rotate(q_pe, cos, sin, config.rope_interleave)), dim=-1)
+
+    def _latent_rows(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[tokens, latent_dim], as cached: the normed latent beside the rotated key, which gets no norm."""
+        config = self.config
+        row = F.linear(x, self.kv_a_proj, self.kv_a_bias)
+        c, k_pe = row.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        c = rms_norm(c, self.kv_a_layernorm, config.rms_norm_eps)
+        return torch.cat((c, rotate(k_pe, cos, sin, config.rope_interleave)), dim=-1)
+
+    def _attend(self, queries: Tensor, rows: Tensor, segment: Segment, kv: KVCache) -> Tensor:
+        """[tokens, heads * v_head_dim] for one sequence; scores, softmax and sums in fp32."""
+        kv.write(self.layer, segment.page_table, segment.past, rows)
+        keys = kv.read(self.layer, segment.page_table, segment.past + len(rows)).float()
+        heads, rank = self.config.num_attention_heads, self.config.kv_lora_rank
+        context = torch.empty(len(rows), heads, rank, dtype=queries.dtype, device=queries.device)
+        tile = max(1, SCORES_AT_ONCE // (heads * len(keys)))
+        for start in range(0, len(rows), tile):
+            part = queries[start : start + tile]
+            visible = keys[: segment.past + start + len(part)]
+            context[start : start + tile] = self._tile(part, visible, segment.past + start)
+        out = torch.bmm(context.transpose(0, 1), self.w_v.transpose(1, 2))  # [heads, tokens, v]
+        return out.transpose(0, 1).reshape(len(rows), heads * self.config.v_head_dim)
+
+    def _tile(self, queries: Tensor, keys: Tensor, past: int) -> Tensor:
+        """Latents [tokens, heads, rank], summed by weight, for queries at positions past..; keys fp32 [.., latent_dim]."""
+        tokens, heads, width = queries.shape
+        scores = torch.mm(queries.reshape(tokens * heads, width).float(), keys.T) * self.config.softmax_scale
+        scores = scores.view(tokens, heads, len(keys))
+        if tokens > 1:
+            future = (
+                torch.arange(len(keys), device=keys.device) > past + torch.arange(tokens, device=keys.device)[:, None]
+            )
+            scores.masked_fill_(future[:, None], -torch.inf)
+        weights = scores.softmax(dim=-1).view(tokens * heads, len(keys))
+        return torch.mm(weights, keys[:, : self.config.kv_lora_rank]).view(tokens, heads, -1).to(queries.dtype)

@@ -1,0 +1,26 @@
+"""The Mixture-of-Experts layer: routed experts, weighted, plus the shared expert, unweighted."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hybrid.memory.expert_store import LayerExperts
+from hybrid.memory.router_stats import RouterStats
+from hybrid.model.layers import GatedMLP
+from hybrid.model.router import Router
+
+
+@dataclass(frozen=True)
+class MoE:
+    layer: int
+    router: Router
+    experts: LayerExperts
+    shared: GatedMLP | None
+    stats: RouterStats
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [tokens, hidden] (normed) -> [tokens, hidden]; routed outputs are summed in fp32, then rounded once."""
+        topk_ids, topk_weights = self.router.forward(x)
+        self.stats.record(self.layer, topk_ids.numpy(force=True), self.experts.expert_bytes)
+        routed = self.experts.forward(x, topk_ids, topk_weights).to(x.dtype)
+        return routed if self.shared is None else routed + self.shared.forward(x)

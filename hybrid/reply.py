@@ -1,0 +1,139 @@
+"""One answer being made: an iterator of parts that can be stopped, hurried, and asked for its figures."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hybrid.chat.message import Message, Part, Text, Think, ToolCall
+from hybrid.chat.parser import ReplyParser
+from hybrid.chat.tokenizer import Tokenizer
+from hybrid.engine.engine import Engine
+from hybrid.engine.request import Request
+
+THINK_END = "</think>"
+
+
+@dataclass
+class Stats:
+    """Counts and seconds of one reply, filled in as it goes."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the cache
+    thinking_tokens: int = 0
+    answer_tokens: int = 0
+    prefill_s: float = 0.0
+    first_token_s: float = 0.0  # from the call to the first token
+    decode_s: float = 0.0  # from the first token to the last
+    expert_bytes: int = 0  # routed experts' weights read while decoding
+
+    @property
+    def prefilled_tokens(self) -> int:
+        """Prompt tokens that had to be computed."""
+        return self.prompt_tokens - self.cached_tokens
+
+    @property
+    def generated_tokens(self) -> int:
+        return self.thinking_tokens + self.answer_tokens
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prefilled_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Steps per second after the first token, whose step is part of the prefill."""
+        return (self.generated_tokens - 1) / self.decode_s if self.decode_s else 0.0
+
+    @property
+    def ram_gbps(self) -> float:
+        """Billions of bytes of routed experts read per second while decoding."""
+        return self.expert_bytes / self.decode_s / 1e9 if self.decode_s else 0.0
+
+
+class Reply:
+    """Iterate for Think, Text and ToolCall parts. `stop` and `answer_now` may be called from anywhere, any time."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, request: Request, parser: ReplyParser, think_budget: int | None
+    ) -> None:
+        self._engine = engine
+        self._request = request
+        self._parser = parser
+        self._think_end = tokenizer.specials.get(THINK_END)
+        self._think_budget = think_budget
+        self._parts: list[Part] = []
+        self._called = False
+        self.stats = Stats(prompt_tokens=len(request.prompt))
+        self._iterator = self._run(engine.stream(request))
+
+    def __iter__(self) -> Iterator[Part]:
+        return self
+
+    def __next__(self) -> Part:
+        return next(self._iterator)
+
+    def stop(self) -> None:
+        """End after the current layer of the prompt, or the current token of the answer."""
+        self._request.cancelled = True
+
+    def answer_now(self) -> None:
+        """Close the reasoning; does nothing when the model is not reasoning or its vocabulary has no such token."""
+        if self._parser.thinking and self._think_end is not None and not self._request.forced:
+            self._request.forced.append(self._think_end)
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the model is reasoning at this moment."""
+        return self._parser.thinking
+
+    @property
+    def finish_reason(self) -> str:
+        """stop, length, context, tool_calls or interrupted; empty while the reply is being made."""
+        if self._called and self._request.finish_reason == "stop":
+            return "tool_calls"
+        return self._request.finish_reason
+
+    @property
+    def message(self) -> Message:
+        """The assistant's turn so far."""
+        return Message.from_parts(self._parts, interrupted=self._request.finish_reason == "interrupted")
+
+    def _run(self, ids: Iterator[int]) -> Iterator[Part]:
+        started = time.perf_counter()
+        first = 0.0
+        read_before = 0
+        counted = self._engine.model.stats
+        for token in ids:
+            now = time.perf_counter()
+            if not first:
+                first, read_before = now, counted.expert_bytes
+                self._note_prefill(now - started)
+            self.stats.decode_s = now - first
+            self.stats.expert_bytes = counted.expert_bytes - read_before
+            if token not in self._request.params.stop_ids:
+                yield from self._take(token)
+        yield from self._emit(self._parser.finish())
+
+    def _note_prefill(self, seconds: float) -> None:
+        self.stats.first_token_s = seconds
+        self.stats.cached_tokens = self._request.cached_tokens
+        self.stats.prefill_s = self._request.prefill_seconds
+
+    def _take(self, token: int) -> Iterator[Part]:
+        if self._parser.thinking:
+            self.stats.thinking_tokens += 1
+        else:
+            self.stats.answer_tokens += 1
+        parts = self._parser.feed(token)
+        if self._think_budget is not None and self.stats.thinking_tokens >= self._think_budget:
+            self.answer_now()
+        yield from self._emit(parts)
+
+    def _emit(self, parts: list[Part]) -> Iterator[Part]:
+        for part in parts:
+            self._parts.append(part)
+            self._called = self._called or isinstance(part, ToolCall)
+            yield part
+
+
+__all__ = ["Message", "Reply", "Stats", "Text", "Think", "ToolCall"]
