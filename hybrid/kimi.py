@@ -161,7 +161,7 @@ class Kimi:
             on_prefill=lambda done, total: report(Progress("prefill", done, total, "tok")),
         )
         calls = sum(len(message.tool_calls) for message in messages)
-        parser = ReplyParser(self.tokenizer, thinking, calls)
+        parser = ReplyParser.after(prompt, self.tokenizer, calls)
         return Reply(self._engine, self.tokenizer, request, parser, think_budget)
 
     def count_tokens(

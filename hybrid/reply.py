@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hybrid.chat.message import Message, Part, Text, Think, ToolCall
+from hybrid.chat.message import Message, Part, ToolCall
 from hybrid.chat.parser import ReplyParser
 from hybrid.chat.tokenizer import Tokenizer
 from hybrid.engine.engine import Engine
@@ -61,7 +61,6 @@ class Reply:
         self._parser = parser
         self._think_end = tokenizer.specials.get(THINK_END)
         self._think_budget = think_budget
-        self._parts: list[Part] = []
         self._called = False
         self.stats = Stats(prompt_tokens=len(request.prompt))
         self._iterator = self._run(engine.stream(request))
@@ -96,7 +95,7 @@ class Reply:
     @property
     def message(self) -> Message:
         """The assistant's turn so far."""
-        return Message.from_parts(self._parts, interrupted=self._request.finish_reason == "interrupted")
+        return self._parser.message(interrupted=self._request.finish_reason == "interrupted")
 
     def _run(self, ids: Iterator[int]) -> Iterator[Part]:
         started = time.perf_counter()
@@ -131,9 +130,5 @@ class Reply:
 
     def _emit(self, parts: list[Part]) -> Iterator[Part]:
         for part in parts:
-            self._parts.append(part)
             self._called = self._called or isinstance(part, ToolCall)
             yield part
-
-
-__all__ = ["Message", "Reply", "Stats", "Text", "Think", "ToolCall"]

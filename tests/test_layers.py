@@ -28,7 +28,7 @@ ALLOWED = {
     | {"hybrid.reply", "hybrid.device", "hybrid.chat", "hybrid.checkpoint", "hybrid.demo", "hybrid.engine"}
     | {"hybrid.memory", "hybrid.model"},
     "hybrid": {"hybrid.kimi", "hybrid.engine.sampler"},
-    "cli": {"hybrid", "quant.bench"},
+    "cli": {"hybrid", "quant"},
 }
 HEAVY = {"torch", "numba", "llvmlite", "safetensors", "numpy"}
 WITHOUT_TORCH = ("quant", "hybrid.chat", "cli")

@@ -246,7 +246,7 @@ def damage(directory: Path, name: str, change: str) -> None:
             "cut in a line": data[: len(data) // 2 - 1],
             "cut between lines": b"".join(lines[:-3]),
             "line lost": b"".join(lines[:100] + lines[101:]),
-            "lines swapped": b"".join([*lines[:300], lines[301], lines[300], *lines[302:]]),
+            "lines swapped": b"".join([*lines[:300], *lines[301:302], *lines[300:301], *lines[302:]]),
             "not base64": b"?!" + data[2:],
             "not text": b"\xff\xfe" + data,
             "a list": b"[1]",
