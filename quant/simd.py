@@ -162,6 +162,10 @@ add_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: b.fadd(x, y))
 sub_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: b.fsub(x, y))
 mul_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: b.fmul(x, y))
 div_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: b.fdiv(x, y))
+# a * b + c, fused where the CPU can, for sums whose exact bits nobody relies on
+fma_f32 = operation(
+    f32x16, (f32x16, f32x16, f32x16), lambda b, x, y, z: _call(b, "llvm.fmuladd.v16f32", f32x16.ir, x, y, z)
+)
 min_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
 # Both maxima keep NaN, so that damaged weights show in the output instead of becoming some int8 value.
 max_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: _call(b, "llvm.maximum.v16f32", f32x16.ir, x, y))
@@ -174,6 +178,15 @@ horizontal_sum = operation(types.int32, (i32x16,), lambda b, x: _call(b, "llvm.v
 horizontal_max = operation(
     types.float32, (f32x16,), lambda b, x: _call(b, "llvm.vector.reduce.fmaximum.v16f32", F32, x)
 )
+
+
+def _reduce_f32(b: Any, x: Any) -> Any:
+    signature = ir.FunctionType(F32, [F32, f32x16.ir])
+    function = cgutils.get_or_insert_function(b.module, signature, "llvm.vector.reduce.fadd.v16f32")
+    return b.call(function, [ir.Constant(F32, -0.0), x], fastmath=("reassoc",))  # as a tree, not lane after lane
+
+
+reduce_f32 = operation(types.float32, (f32x16,), _reduce_f32)
 
 
 def _bf16_to_f32(b: Any, x: Any) -> Any:

@@ -99,6 +99,6 @@ def _refuse(message: str) -> NoReturn:
 
 def _broken(origin: str, error: BaseException) -> CheckpointError:
     where = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
-    why = str(error).strip() or type(error).__name__
+    why = " ".join(str(error).split())[:300] or type(error).__name__
     remedy = "Download chat_template.jinja again, or delete it to use the built-in one."
     return CheckpointError(f"The chat template of {origin}{where} does not work: {why}.", remedy)

@@ -7,84 +7,74 @@ values sum_p p W_v c equal W_v (sum_p p c). So the cache holds only c (after its
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.config import ModelConfig
 from hybrid.memory.kv_cache import KVCache
 from hybrid.model.batch import Batch, Segment
-from hybrid.model.layers import Weights, rms_norm
+from hybrid.model.layers import HeadLinear, Linear, Weights, rms_norm
 from hybrid.model.rope import rotate
 
 SCORES_AT_ONCE = 16 << 20  # scores of one tile, 64 MiB of fp32
 
 
 @dataclass(frozen=True)
-class QueryProjection:
-    """Hidden state to queries: low-rank with a norm in between, or one matrix."""
+class LowRankQuery:
+    """Hidden state to queries through a normed latent, as K2.5 and DeepSeek V3 do; others have one plain matrix."""
 
-    q_proj: Tensor | None
-    q_a_proj: Tensor | None
-    q_a_bias: Tensor | None
-    q_a_layernorm: Tensor | None
-    q_b_proj: Tensor | None
+    q_a_proj: Linear
+    q_a_layernorm: Tensor
+    q_b_proj: Linear
     eps: float
 
     @classmethod
-    def load(cls, config: ModelConfig, tensor: Weights, linear: Weights, prefix: str) -> "QueryProjection":
-        if config.q_lora_rank is None:
-            return cls(linear(f"{prefix}.q_proj"), None, None, None, None, config.rms_norm_eps)
-        a, b = linear(f"{prefix}.q_a_proj"), linear(f"{prefix}.q_b_proj")
-        bias = tensor(f"{prefix}.q_a_proj.bias") if config.attention_bias else None
-        return cls(None, a, bias, tensor(f"{prefix}.q_a_layernorm.weight"), b, config.rms_norm_eps)
+    def load(cls, weights: Weights, prefix: str, eps: float) -> "LowRankQuery":
+        norm = weights.tensor(f"{prefix}.q_a_layernorm.weight")
+        return cls(weights.linear(f"{prefix}.q_a_proj"), norm, weights.linear(f"{prefix}.q_b_proj"), eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, hidden] -> [tokens, heads * qk_head_dim]."""
-        if self.q_a_proj is None or self.q_a_layernorm is None or self.q_b_proj is None:
-            assert self.q_proj is not None
-            return F.linear(x, self.q_proj)
-        latent = F.linear(x, self.q_a_proj, self.q_a_bias)
-        return F.linear(rms_norm(latent, self.q_a_layernorm, self.eps), self.q_b_proj)
+        return self.q_b_proj.forward(rms_norm(self.q_a_proj.forward(x), self.q_a_layernorm, self.eps))
 
 
 class Attention:
     """One layer's attention; reads and extends its layer of the KV cache."""
 
-    def __init__(self, config: ModelConfig, layer: int, tensor: Weights, linear: Weights) -> None:
+    def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
         prefix = f"layers.{layer}.self_attn"
         self.config = config
         self.layer = layer
-        self.query = QueryProjection.load(config, tensor, linear, prefix)
-        self.kv_a_proj = linear(f"{prefix}.kv_a_proj_with_mqa")
-        self.kv_a_layernorm = tensor(f"{prefix}.kv_a_layernorm.weight")
-        self.o_proj = linear(f"{prefix}.o_proj")
-        biased = config.attention_bias
-        self.kv_a_bias = tensor(f"{prefix}.kv_a_proj_with_mqa.bias") if biased else None
-        self.o_bias = tensor(f"{prefix}.o_proj.bias") if biased else None
+        self.query: LowRankQuery | Linear = (
+            weights.linear(f"{prefix}.q_proj")
+            if config.q_lora_rank is None
+            else LowRankQuery.load(weights, prefix, config.rms_norm_eps)
+        )
+        self.kv_a_proj = weights.linear(f"{prefix}.kv_a_proj_with_mqa")
+        self.kv_a_layernorm = weights.tensor(f"{prefix}.kv_a_layernorm.weight")
+        self.o_proj = weights.linear(f"{prefix}.o_proj")
         heads, nope, v = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
-        absorbed = linear(f"{prefix}.kv_b_proj").view(heads, nope + v, config.kv_lora_rank)
-        self.w_k, self.w_v = absorbed[:, :nope], absorbed[:, nope:]  # [heads, nope, rank], [heads, v, rank]
+        absorbed = weights.matrix(f"{prefix}.kv_b_proj").view(heads, nope + v, config.kv_lora_rank)
+        self.w_k = HeadLinear(absorbed[:, :nope].transpose(1, 2))  # [heads, rank, nope]
+        self.w_v = HeadLinear(absorbed[:, nope:])  # [heads, v, rank]
 
     def forward(self, x: Tensor, batch: Batch, kv: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
         """x [tokens, hidden] (normed) -> [tokens, hidden]; cos, sin [tokens, rope / 2]."""
         queries = self._queries(x, cos, sin)
         rows = self._latent_rows(x, cos, sin)
         out = [self._attend(queries[s.start : s.stop], rows[s.start : s.stop], s, kv) for s in batch.segments]
-        return F.linear(torch.cat(out) if len(out) > 1 else out[0], self.o_proj, self.o_bias)
+        return self.o_proj.forward(torch.cat(out) if len(out) > 1 else out[0])
 
     def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[tokens, heads, latent_dim]: each head's query, absorbed, beside its rotated part."""
         config = self.config
         q = self.query.forward(x).view(len(x), config.num_attention_heads, config.qk_head_dim)
         q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        q_latent = torch.bmm(q_nope.transpose(0, 1), self.w_k).transpose(0, 1)
-        return torch.cat((q_latent, rotate(q_pe, cos, sin, config.rope_interleave)), dim=-1)
+        return torch.cat((self.w_k.forward(q_nope), rotate(q_pe, cos, sin, config.rope_interleave)), dim=-1)
 
     def _latent_rows(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[tokens, latent_dim], as cached: the normed latent beside the rotated key, which gets no norm."""
         config = self.config
-        row = F.linear(x, self.kv_a_proj, self.kv_a_bias)
-        c, k_pe = row.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        c, k_pe = self.kv_a_proj.forward(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         c = rms_norm(c, self.kv_a_layernorm, config.rms_norm_eps)
         return torch.cat((c, rotate(k_pe, cos, sin, config.rope_interleave)), dim=-1)
 
@@ -99,11 +89,10 @@ class Attention:
             part = queries[start : start + tile]
             visible = keys[: segment.past + start + len(part)]
             context[start : start + tile] = self._tile(part, visible, segment.past + start)
-        out = torch.bmm(context.transpose(0, 1), self.w_v.transpose(1, 2))  # [heads, tokens, v]
-        return out.transpose(0, 1).reshape(len(rows), heads * self.config.v_head_dim)
+        return self.w_v.forward(context).reshape(len(rows), heads * self.config.v_head_dim)
 
     def _tile(self, queries: Tensor, keys: Tensor, past: int) -> Tensor:
-        """Latents [tokens, heads, rank], summed by weight, for queries at positions past..; keys fp32 [.., latent_dim]."""
+        """Latents [tokens, heads, rank] summed by weight, queries at positions past..; keys fp32 [.., latent_dim]."""
         tokens, heads, width = queries.shape
         scores = torch.mm(queries.reshape(tokens * heads, width).float(), keys.T) * self.config.softmax_scale
         scores = scores.view(tokens, heads, len(keys))

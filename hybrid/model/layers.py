@@ -1,13 +1,16 @@
-"""The small layers: normalisation, the gated MLP, and how weights reach them."""
+"""The small layers: normalisation, linears, the gated MLP, and how weights reach them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Weights = Callable[[str], Tensor]  # a tensor's normalised name -> the tensor, on its device, in the model's dtype
+from hybrid.checkpoint import Checkpoint
+from quant import aligned, bf16
+
+FEW = 4  # tokens up to which our product of a bf16 matrix is faster than torch's, which is made for many
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -16,18 +19,81 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
+def _bits(weight: Tensor) -> np.ndarray | None:
+    """A copy of a bf16 matrix for our kernels, int16 bits from a page on; None where they do not apply."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not bf16.supports(*weight.shape[-2:]):
+        return None
+    stored = weight.contiguous().view(torch.int16).numpy()
+    bits = aligned.empty((stored.nbytes,)).view(np.int16).reshape(stored.shape)
+    bits[:] = stored
+    return bits
+
+
+class Linear:
+    """x [tokens, in] -> [tokens, out], with a bias if the checkpoint has one; few tokens go to our own kernel."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.bits = _bits(weight)
+        self.weight = weight if self.bits is None else torch.from_numpy(self.bits).view(torch.bfloat16)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bits is None or len(x) > FEW:
+            return F.linear(x, self.weight, self.bias)
+        y = torch.from_numpy(bf16.multiply(self.bits, x.float().numpy())).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+class HeadLinear:
+    """A matrix of its own for every head: x [tokens, heads, in] -> [tokens, heads, out]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight [heads, out, in]"""
+        self.bits = _bits(weight)
+        self.weight = weight if self.bits is None else torch.from_numpy(self.bits).view(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bits is None or len(x) > FEW:
+            return torch.bmm(x.transpose(0, 1), self.weight.transpose(1, 2)).transpose(0, 1)
+        return torch.from_numpy(bf16.multiply_heads(self.bits, x.float().contiguous().numpy())).to(x.dtype)
+
+
+class Weights:
+    """The resident weights of a checkpoint, on their device and in their dtype."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor in the precision it is stored in."""
+        return self.checkpoint.tensor(name).to(self.device)
+
+    def tensor(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(name).to(self.device, self.dtype)
+
+    def matrix(self, prefix: str) -> Tensor:
+        """[out, in] of a linear, decoded if it is stored in fewer bits."""
+        return self.checkpoint.linear(prefix).to(self.device, self.dtype)
+
+    def linear(self, prefix: str) -> Linear:
+        bias = f"{prefix}.bias"
+        return Linear(self.matrix(prefix), self.tensor(bias) if self.checkpoint.has(bias) else None)
+
+
 @dataclass(frozen=True)
 class GatedMLP:
-    """down(silu(gate x) * up x), without biases: the dense layers and the shared expert."""
+    """down(silu(gate x) * up x): the dense layers and the shared expert."""
 
-    gate: Tensor  # [intermediate, hidden]
-    up: Tensor
-    down: Tensor  # [hidden, intermediate]
+    gate: Linear  # [intermediate, hidden]
+    up: Linear
+    down: Linear  # [hidden, intermediate]
 
     @classmethod
-    def load(cls, linear: Weights, prefix: str) -> "GatedMLP":
-        return cls(linear(f"{prefix}.gate_proj"), linear(f"{prefix}.up_proj"), linear(f"{prefix}.down_proj"))
+    def load(cls, weights: Weights, prefix: str) -> "GatedMLP":
+        return cls(*(weights.linear(f"{prefix}.{name}_proj") for name in ("gate", "up", "down")))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]."""
-        return F.linear(F.silu(F.linear(x, self.gate)) * F.linear(x, self.up), self.down)
+        return self.down.forward(F.silu(self.gate.forward(x)) * self.up.forward(x))

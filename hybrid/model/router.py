@@ -18,15 +18,16 @@ class Router:
     bias: Tensor | None  # fp32 [experts]; e_score_correction_bias
 
     @classmethod
-    def load(cls, config: ModelConfig, tensor: Weights, prefix: str) -> "Router":
-        """`tensor` returns tensors as stored: gate and bias are taken to fp32, never through bf16.
+    def load(cls, config: ModelConfig, weights: Weights, prefix: str) -> "Router":
+        """Gate and bias as stored, taken to fp32 and never through bf16.
 
         Raises CheckpointError for a bias that is not finite: it takes no part in any sum, so it would never show.
         """
-        bias = tensor(f"{prefix}.e_score_correction_bias").float() if config.topk_method == "noaux_tc" else None
+        noaux = config.topk_method == "noaux_tc"
+        bias = weights.stored(f"{prefix}.e_score_correction_bias").float() if noaux else None
         if bias is not None and not bool(torch.isfinite(bias).all()):
             raise CheckpointError(f"{prefix}.e_score_correction_bias holds values that are not numbers.", REFETCH)
-        return cls(config, tensor(f"{prefix}.weight").float(), bias)
+        return cls(config, weights.stored(f"{prefix}.weight").float(), bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [tokens, hidden] -> topk_ids int64 and topk_weights fp32, both [tokens, num_experts_per_tok]."""

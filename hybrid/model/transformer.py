@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.checkpoint import Checkpoint
@@ -13,7 +12,7 @@ from hybrid.memory.kv_cache import KVCache
 from hybrid.memory.router_stats import RouterStats
 from hybrid.model.attention import Attention
 from hybrid.model.batch import Batch
-from hybrid.model.layers import GatedMLP, Weights, rms_norm
+from hybrid.model.layers import GatedMLP, Linear, Weights, rms_norm
 from hybrid.model.moe import MoE
 from hybrid.model.rope import Rope
 from hybrid.model.router import Router
@@ -49,36 +48,32 @@ class Transformer:
         config = self.config = checkpoint.config
         self.stats = RouterStats(config)
         self.rope = Rope(config, placement.device)
-        tensor, linear = _readers(checkpoint, placement)
-        self.embed_tokens = tensor("embed_tokens.weight")
-        self.norm = tensor("norm.weight")
-        self.lm_head = self.embed_tokens if config.tie_word_embeddings else tensor("lm_head.weight")
+        weights = Weights(checkpoint, placement.device, placement.dtype)
+        self.embed_tokens = weights.tensor("embed_tokens.weight")
+        self.norm = weights.tensor("norm.weight")
+        self.lm_head = Linear(self.embed_tokens) if config.tie_word_embeddings else weights.linear("lm_head")
         self.blocks: list[Block] = []
         for layer in range(config.num_hidden_layers):
-            self.blocks.append(self._load_block(checkpoint, placement, layer, tensor, linear))
+            self.blocks.append(self._load_block(weights, placement, layer))
             on_layer_loaded(layer + 1)
 
-    def _load_block(
-        self, checkpoint: Checkpoint, placement: Placement, layer: int, tensor: Weights, linear: Weights
-    ) -> Block:
+    def _load_block(self, weights: Weights, placement: Placement, layer: int) -> Block:
         prefix = f"layers.{layer}"
+        routed = self.config.is_moe_layer(layer)
         return Block(
-            tensor(f"{prefix}.input_layernorm.weight"),
-            Attention(self.config, layer, tensor, linear),
-            tensor(f"{prefix}.post_attention_layernorm.weight"),
-            self._load_moe(checkpoint, placement, layer, linear)
-            if self.config.is_moe_layer(layer)
-            else GatedMLP.load(linear, f"{prefix}.mlp"),
+            weights.tensor(f"{prefix}.input_layernorm.weight"),
+            Attention(self.config, layer, weights),
+            weights.tensor(f"{prefix}.post_attention_layernorm.weight"),
+            self._load_moe(weights, placement, layer) if routed else GatedMLP.load(weights, f"{prefix}.mlp"),
         )
 
-    def _load_moe(self, checkpoint: Checkpoint, placement: Placement, layer: int, linear: Weights) -> MoE:
+    def _load_moe(self, weights: Weights, placement: Placement, layer: int) -> MoE:
         prefix = f"layers.{layer}.mlp"
-        router = Router.load(self.config, lambda name: checkpoint.tensor(name).to(placement.device), f"{prefix}.gate")
         experts = load_experts(
-            checkpoint, layer, exact=placement.exact, dtype=placement.dtype, threads=placement.threads
+            weights.checkpoint, layer, exact=placement.exact, dtype=placement.dtype, threads=placement.threads
         )
-        shared = GatedMLP.load(linear, f"{prefix}.shared_experts") if self.config.n_shared_experts else None
-        return MoE(layer, router, experts, shared, self.stats)
+        shared = GatedMLP.load(weights, f"{prefix}.shared_experts") if self.config.n_shared_experts else None
+        return MoE(layer, Router.load(self.config, weights, f"{prefix}.gate"), experts, shared, self.stats)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
@@ -95,16 +90,4 @@ class Transformer:
     @torch.inference_mode()
     def head(self, h: Tensor) -> Tensor:
         """Hidden states [rows, hidden] -> logits fp32 [rows, vocab]."""
-        return F.linear(rms_norm(h, self.norm, self.config.rms_norm_eps), self.lm_head).float()
-
-
-def _readers(checkpoint: Checkpoint, placement: Placement) -> tuple[Weights, Weights]:
-    """`tensor(name)` and `linear(prefix)`, on the device and in the dtype of the resident weights."""
-
-    def tensor(name: str) -> Tensor:
-        return checkpoint.tensor(name).to(placement.device, placement.dtype)
-
-    def linear(prefix: str) -> Tensor:
-        return checkpoint.linear(prefix).to(placement.device, placement.dtype)
-
-    return tensor, linear
+        return self.lm_head.forward(rms_norm(h, self.norm, self.config.rms_norm_eps)).float()

@@ -29,7 +29,7 @@ def test_kernels_are_exact(isa: str, tmp_path: Path) -> None:
         "KIMI_LOCAL_EXPECT_ISA": isa,
     }
     here = Path(__file__).parent
-    tests = [str(here / name) for name in ("test_int4_g32.py", "test_activations.py", "test_swiglu.py")]
+    tests = [str(here / name) for name in ("test_int4_g32.py", "test_activations.py", "test_swiglu.py", "test_bf16.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=here.parent.parent)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
