@@ -3,9 +3,10 @@
     h[p] = swiglu(gate_e x_t, up_e x_t)      for every pair p = (token t, expert e) the router chose
     y[t] = sum over t's experts of weight_p * (down_e h[p])
 
-Work is cut into tasks of about half a megabyte of weights, taken in order from one shared counter: a core that is
-slow or busy elsewhere simply takes fewer. Down tasks start when the last gate/up task is finished. Each output row
-belongs to one task and adds its experts in ascending order, so the result does not depend on the number of threads.
+Work is cut into some two dozen tasks per thread, taken in order from one shared counter: a core that is slow or busy
+elsewhere simply takes fewer. Larger tasks waste less (2 MB instead of 0.5: +6 %), smaller ones share better. Down tasks
+start when the last gate/up task is finished. Each output row belongs to one task and adds its experts in ascending
+order, so the result does not depend on the number of threads.
 """
 
 from typing import NamedTuple
@@ -19,7 +20,8 @@ from quant.int4_g32 import BLOCK, ROWS, Int4G32, dot_tile, multiply
 from quant.simd import add_f32, atomic_add, kernel, load_f32x16, mul_f32, splat_f32, store_f32x16
 from quant.swiglu import swiglu, swiglu_lanes
 
-TASK_BYTES = 512 * 1024
+SMALLEST_TASK, LARGEST_TASK = 64 * 1024, 2 * 1024 * 1024  # bytes of weights
+TASKS_PER_THREAD = 24
 yield_processor = types.ExternalFunction("sched_yield", types.int32())  # libc: lets a preempted peer finish its task
 
 
@@ -108,26 +110,31 @@ def moe_reference(experts: Experts, x: np.ndarray, topk_ids: np.ndarray, topk_we
 @njit(cache=True)
 def _moe(gate_up, down, topk_ids, topk_weights, x, inputs, inner, raw, y, counters, threads):
     pairs = group_by_expert(topk_ids, topk_weights, gate_up.blocks.shape[0])
-    _launch(gate_up, down, pairs, x, inputs, inner, raw, y, counters, threads)
+    size = pairs.experts.size * (gate_up.blocks[0].size + down.blocks[0].size)
+    task = min(max(size // (TASKS_PER_THREAD * threads), SMALLEST_TASK), LARGEST_TASK)
+    _launch(gate_up, down, pairs, x, inputs, inner, raw, y, counters, threads, task)
 
 
 @njit(parallel=True, cache=True)
-def _launch(gate_up, down, pairs, x, inputs, inner, raw, y, counters, threads):
+def _launch(gate_up, down, pairs, x, inputs, inner, raw, y, counters, threads, task):
     for _ in prange(threads):
-        _work(gate_up, down, pairs, x, inputs, inner, raw, y, counters)
+        _work(gate_up, down, pairs, x, inputs, inner, raw, y, counters, task)
 
 
 NEXT, DONE = 0, 8  # counters on cache lines of their own
 
 
 @kernel
-def _work(gate_up, down, pairs, x, inputs, inner, raw, y, counters):
-    """One thread: take tasks until none is left. First tokens to encode, then gate and up, then down."""
+def _work(gate_up, down, pairs, x, inputs, inner, raw, y, counters, task_bytes):
+    """One thread: take tasks, of `task_bytes` of weights, until none is left.
+
+    First come tokens to encode, then gate and up, then down.
+    """
     tokens = x.shape[0]
     groups = gate_up.blocks.shape[1] // 2  # of 32 inner values
     tiles = down.blocks.shape[1]
-    group_step = max(1, TASK_BYTES // (2 * gate_up.blocks.shape[2] * BLOCK))
-    tile_step = max(1, TASK_BYTES // (down.blocks.shape[2] * BLOCK))
+    group_step = max(1, task_bytes // (2 * gate_up.blocks.shape[2] * BLOCK))
+    tile_step = max(1, task_bytes // (down.blocks.shape[2] * BLOCK))
     per_expert = -(-groups // group_step)
     inner_done = tokens + pairs.experts.size * per_expert
     last = inner_done + -(-tiles // tile_step)
