@@ -25,6 +25,7 @@ class Stats:
     first_token_s: float = 0.0  # from the call to the first token
     decode_s: float = 0.0  # from the first token to the last
     expert_bytes: int = 0  # routed experts' weights read while decoding
+    host_bytes: int = 0  # all weights read from the host's memory while decoding, those included
 
     @property
     def prefilled_tokens(self) -> int:
@@ -46,8 +47,8 @@ class Stats:
 
     @property
     def ram_gbps(self) -> float:
-        """Billions of bytes of routed experts read per second while decoding."""
-        return self.expert_bytes / self.decode_s / 1e9 if self.decode_s else 0.0
+        """Weights read from the host's memory per second while decoding, in GB/s."""
+        return self.host_bytes / self.decode_s / 1e9 if self.decode_s else 0.0
 
 
 class Reply:
@@ -100,15 +101,16 @@ class Reply:
     def _run(self, ids: Iterator[int]) -> Iterator[Part]:
         started = time.perf_counter()
         first = 0.0
-        read_before = 0
-        counted = self._engine.model.stats
+        experts_before = host_before = 0
+        model = self._engine.model
         for token in ids:
             now = time.perf_counter()
             if not first:
-                first, read_before = now, counted.expert_bytes
+                first, experts_before, host_before = now, model.stats.expert_bytes, model.host_bytes
                 self._note_prefill(now - started)
             self.stats.decode_s = now - first
-            self.stats.expert_bytes = counted.expert_bytes - read_before
+            self.stats.expert_bytes = model.stats.expert_bytes - experts_before
+            self.stats.host_bytes = model.host_bytes - host_before
             if token not in self._request.params.stop_ids:
                 yield from self._take(token)
         yield from self._emit(self._parser.finish())

@@ -65,6 +65,7 @@ class Weights:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
+        self.matrix_bytes = 0  # of all matrices asked for: what every step reads
 
     def stored(self, name: str) -> Tensor:
         """A tensor in the precision it is stored in."""
@@ -75,7 +76,9 @@ class Weights:
 
     def matrix(self, prefix: str) -> Tensor:
         """[out, in] of a linear, decoded if it is stored in fewer bits."""
-        return self.checkpoint.linear(prefix).to(self.device, self.dtype)
+        matrix = self.checkpoint.linear(prefix).to(self.device, self.dtype)
+        self.matrix_bytes += matrix.nbytes
+        return matrix
 
     def linear(self, prefix: str) -> Linear:
         bias = f"{prefix}.bias"

@@ -52,10 +52,18 @@ class Transformer:
         self.embed_tokens = weights.tensor("embed_tokens.weight")
         self.norm = weights.tensor("norm.weight")
         self.lm_head = Linear(self.embed_tokens) if config.tie_word_embeddings else weights.linear("lm_head")
+        self.steps = 0
         self.blocks: list[Block] = []
         for layer in range(config.num_hidden_layers):
             self.blocks.append(self._load_block(weights, placement, layer))
             on_layer_loaded(layer + 1)
+        tied = self.embed_tokens.nbytes if config.tie_word_embeddings else 0
+        self.resident_bytes = weights.matrix_bytes + tied if placement.device.type == "cpu" else 0
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of weights read from the host's memory so far: experts, and on a CPU the resident weights too."""
+        return self.stats.expert_bytes + self.steps * self.resident_bytes
 
     def _load_block(self, weights: Weights, placement: Placement, layer: int) -> Block:
         prefix = f"layers.{layer}"
@@ -78,6 +86,7 @@ class Transformer:
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
         """Hidden states [tokens, hidden] after the last block; extends `kv` by the batch's tokens."""
+        self.steps += 1
         cos, sin = self.rope.table(batch.positions())
         h = self.embed_tokens[batch.token_ids]
         eps = self.config.rms_norm_eps
