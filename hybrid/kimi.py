@@ -218,7 +218,7 @@ def _require_memory(checkpoint: Checkpoint, placement: Placement, tokens: int) -
     cache = tokens * checkpoint.config.kv_bytes_per_token(itemsize)
     needed, available = sum(parts.values()) + cache, available_ram()
     if needed > available:
-        sizes = ", ".join(f"{name} {size / GIB:,.1f} GiB" for name, size in parts.items())
+        sizes = ", ".join(f"{name.replace('_', ' ')} {size / GIB:,.1f} GiB" for name, size in parts.items())
         raise DoesNotFit(
             f"This model needs {needed / GIB:,.1f} GiB of memory ({sizes}, KV cache {cache / GIB:,.1f} GiB for "
             f"{tokens:,} tokens) and {available / GIB:,.1f} GiB are free.",
