@@ -153,7 +153,7 @@ class Kimi:
     ) -> Reply:
         """The next turn of a conversation. Raises ContextExceeded before computing anything when it does not fit."""
         thinking = self.default_thinking if thinking is None else thinking
-        prompt = self._render(messages, tools, thinking)
+        prompt = self.tokenizer.reuse(self._render(messages, tools, thinking), self._engine.tokens)
         report = on_progress or ignore
         request = Request(
             prompt,

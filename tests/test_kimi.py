@@ -119,6 +119,11 @@ def test_demo_answers_and_stops(demo_package: None) -> None:
         reply = kimi.reply([Message("user", "What is the capital of France?")], params)
         assert "Paris" in "".join(part.text for part in reply if isinstance(part, Text))
         assert reply.finish_reason == "stop"
+        messages = [Message("user", "What is the capital of France?"), reply.message, Message("user", "And of Italy?")]
+        second = kimi.reply(messages, params)
+        assert "Rome" in "".join(part.text for part in second if isinstance(part, Text))
+        # everything but the end of the turn, which was drawn and never computed, and the new question
+        assert second.stats.cached_tokens == reply.stats.prompt_tokens + reply.stats.answer_tokens
 
 
 @pytest.mark.demo

@@ -9,8 +9,10 @@ import base64
 import binascii
 import codecs
 import json
+import os.path
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,23 @@ class Tokenizer:
         if token < self._first_special:
             return None
         return self._texts[token].decode() if token < self.vocab_size else reserved_name(token)
+
+    def reuse(self, prompt: Sequence[int], seen: Sequence[int]) -> list[int]:
+        """`prompt`, spelled with the ids of `seen` as far as both say the same.
+
+        A model may have written a text in other tokens than `encode` would choose. Put back into a prompt in its own
+        tokens, an answer matches what the cache holds, and the model sees what it really wrote.
+        """
+        ours, theirs = ([self._spelling(i) for i in ids] for ids in (prompt, seen))
+        same = len(os.path.commonprefix([b"".join(ours), b"".join(theirs)]))
+        ends, seen_ends = (dict(zip(accumulate(map(len, texts)), count(1), strict=False)) for texts in (ours, theirs))
+        at = max((end for end in ends.keys() & seen_ends.keys() if end <= same), default=0)
+        return [*seen[: seen_ends.get(at, 0)], *prompt[ends.get(at, 0) :]]
+
+    def _spelling(self, token: int) -> bytes:
+        """Bytes that tell tokens of text by their text and special ones by their name: 0xFF never occurs in UTF-8."""
+        name = self.special_name(token)
+        return self._texts[token] if name is None else b"\xff" + name.encode()
 
     def stream_decoder(self, skip_special: bool = True) -> "StreamDecoder":
         return StreamDecoder(self, skip_special)

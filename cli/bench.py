@@ -1,0 +1,83 @@
+"""`kimi-local bench`: what this machine's memory allows, then what the kernels reach."""
+
+import json
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from cli.output import make_console
+
+bench_app = typer.Typer(
+    help="Measure this machine; the physical ceiling is printed first, JSON last.", no_args_is_help=True
+)
+
+
+@bench_app.callback()
+def _group() -> None:
+    """Keeps `kernels` a sub-command while it is the only one."""
+
+
+FORCED = {  # compile for an older CPU: LLVM's name and features for Numba
+    "avx2": ("haswell", "+avx2,+fma,+bmi,+bmi2,+popcnt,+f16c"),
+    "avxvnni": ("alderlake", "+avx2,+avxvnni,+fma,+bmi,+bmi2,+popcnt,+f16c"),
+    "generic": ("nehalem", "+sse4.2,+popcnt"),
+}
+
+
+@bench_app.command()
+def kernels(
+    gigabytes: Annotated[float, typer.Option("--gb", min=0.1, help="Distinct experts to sweep, in GB.")] = 4.2,
+    threads: Annotated[str, typer.Option(help="Thread counts, with commas; default 1 and all cores.")] = "",
+    batch: Annotated[str, typer.Option(help="Tokens per expert, with commas.")] = "1",
+    passes: Annotated[int, typer.Option(min=1, help="Timed passes per row; medians are reported.")] = 7,
+    isa: Annotated[str, typer.Option(help="Force a kernel family: avx2, avxvnni or generic.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the JSON line.")] = False,
+) -> None:
+    """Multiply K2.5-sized experts out of memory, in random order.
+
+    Examples: kimi-local bench kernels · kimi-local bench kernels --json --isa avx2 --threads 2
+    """
+    _force(isa)
+    from hybrid.device import default_threads
+    from quant.bench import measure
+    from quant.cpu import CPU_NAME, ISA
+
+    counts = _numbers("--threads", threads) or sorted({1, default_threads()})
+    out = make_console(sys.stdout)
+    results = measure(gigabytes, counts, _numbers("--batch", batch), passes, lambda text: typer.echo(text, err=True))
+    head = next(results)
+    if not as_json:
+        out.print(f"{CPU_NAME}, {ISA} kernels. Physical ceiling, plain reading of the same memory:")
+        for n, gbps in head["ceiling_gbps"].items():
+            out.print(f"  {n} threads  {gbps:7.2f} GB/s")
+        out.print("format    bpw  threads batch     GB/s  share  Gweights/s  rel. error")
+    rows = []
+    for row in results:
+        rows.append(row)
+        if not as_json:
+            out.print(
+                f"{row['format']:9} {row['bpw']:.1f} {row['threads']:7} {row['batch']:5} {row['gbps']:8.2f} "
+                f"{row['share']:6.1%} {row['gweights_s']:11.2f} {row['rel_err']:11.5f}"
+            )
+    typer.echo(json.dumps({**head, "rows": rows}))
+
+
+def _force(isa: str) -> None:
+    """Numba reads these when it is first imported, which is after this."""
+    if not isa:
+        return
+    if isa not in FORCED:
+        raise typer.BadParameter(f"{isa!r}: choose one of {', '.join(FORCED)}.", param_hint="--isa")
+    os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = FORCED[isa]
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",") if part]
+    except ValueError:
+        values = [0]
+    if any(value < 1 for value in values):
+        raise typer.BadParameter(f"{text!r} is not a list of positive numbers.", param_hint=option)
+    return values

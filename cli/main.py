@@ -1,0 +1,119 @@
+"""`kimi-local`: the entry point, and the one place where errors become sentences and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cli.bench import bench_app
+from cli.chat import chat
+from cli.doctor import doctor
+from cli.options import ENVIRONMENT, Debug
+from cli.output import tolerate_narrow_encodings
+from cli.pull import pull
+from hybrid.errors import KimiError
+
+CLOSED_PIPE = 141  # what the shell reports for a program that SIGPIPE ended
+INTERRUPTED = 130
+
+# typer carries its own copy of click from 0.29 on, and used the package before: the base of its usage errors is found
+# from the one class it has always exported.
+_UsageError: type[Any] = typer.BadParameter.__mro__[2]
+
+
+class Commands(TyperGroup):
+    """Commands whose errors are printed as one line, unless `--debug` asks for the traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            discard_output()
+            raise typer.Exit(CLOSED_PIPE) from None
+        except (KimiError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            complain(describe(error))
+            raise typer.Exit(getattr(error, "exit_code", 1)) from error
+
+
+def discard_output() -> None:
+    """Nobody reads standard output any more: what is still buffered goes nowhere, quietly."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+
+
+def describe(error: KimiError | OSError) -> str:
+    if isinstance(error, KimiError) or not error.strerror:
+        return str(error)
+    return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
+
+
+def complain(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        print(f"kimi-local {version('kimi-local')}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    name="kimi-local",
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Kimi K2.5 on one workstation.
+
+    Examples:
+    kimi-local chat                             talk to the demo model
+    kimi-local chat /models/Kimi-K2.5           talk to a checkpoint
+    kimi-local chat -p "Why is the sky blue?"   one answer, then exit
+    kimi-local doctor                           check this machine
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+app.command(epilog=ENVIRONMENT)(chat)
+app.command()(doctor)
+app.command()(pull)
+app.add_typer(bench_app, name="bench")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; always ends in SystemExit with the documented code."""
+    tolerate_narrow_encodings()
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(args=arguments, prog_name="kimi-local", standalone_mode=False)
+    except _UsageError as error:
+        complain(error.format_message())
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""One reply from question to answer: the engine on this thread, the clock and the keys on two others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cli.keys import CTRL_T, Keyboard, on_interrupt
+from cli.screen import ticking
+from cli.views import View
+
+if TYPE_CHECKING:
+    from hybrid.chat.message import Message
+    from hybrid.progress import OnProgress
+    from hybrid.reply import Reply, Stats
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A finished reply; times in seconds."""
+
+    message: Message
+    finish_reason: str
+    stats: Stats
+    thought_s: float
+    total_s: float
+
+    @property
+    def is_empty(self) -> bool:
+        """Stopped before the first token: nothing to keep."""
+        message = self.message
+        return not (message.content or message.reasoning_content or message.tool_calls)
+
+
+def run_turn(start: Callable[[OnProgress], Reply], view: View, keyboard: Keyboard | None = None) -> Turn:
+    """Iterate the reply that `start(on_progress)` opens and show it; Ctrl-C stops it, Ctrl-T ends its reasoning.
+
+    Raises what the engine raises (ContextExceeded before anything is computed).
+    """
+    live = _LiveReply(view)
+    began = time.perf_counter()
+    try:
+        with on_interrupt(live.stop), ticking(view.tick):
+            reply = live.open(start(view.progress))
+            with keyboard.listening({CTRL_T: live.answer_now}) if keyboard else nullcontext():
+                for part in reply:
+                    live.note(part)
+                    view.part(part)
+    finally:
+        view.finish()
+    total = time.perf_counter() - began
+    return Turn(reply.message, reply.finish_reason, reply.stats, live.thought_s, total)
+
+
+class _LiveReply:
+    """What signals and keys may do to a reply at any moment, also before it exists."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._reply: Reply | None = None
+        self._stopped = False
+        self._thinking_since: float | None = None
+        self.thought_s = 0.0
+
+    def open(self, reply: Reply) -> Reply:
+        self._reply = reply
+        self._view.begin(reply)
+        if self._stopped:
+            reply.stop()
+        return reply
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._view.stopping()
+        if self._reply is not None:
+            self._reply.stop()
+
+    def answer_now(self) -> None:
+        if self._reply is not None:
+            self._reply.answer_now()
+
+    def note(self, part: object) -> None:
+        from hybrid.chat.message import Think
+
+        now = time.perf_counter()
+        if isinstance(part, Think):
+            self._thinking_since = self._thinking_since or now
+            self.thought_s = now - self._thinking_since
+        else:
+            self._thinking_since = None
