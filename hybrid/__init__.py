@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["Kimi", "SamplingParams"]
 
 # OpenMP reads this when torch or the kernels load it. Its default is to spin for milliseconds after each parallel loop;
-# with two pools (torch's and the kernels') and any other program running, that made a decode step 15 to 100 times slower.
+# with two pools (torch's and the kernels') and any other program running, a decode step was 15 to 100 times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
