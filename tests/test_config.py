@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from hybrid.checkpoint.tiny import INT4_QUANTIZATION, tiny_config
+from hybrid.checkpoint.tiny import tiny_config
+from hybrid.checkpoint.write import INT4_QUANTIZATION
 from hybrid.config import ModelConfig, RopeScaling, yarn_mscale
 from hybrid.errors import CheckpointError
 

@@ -21,8 +21,7 @@ from typing import Any
 from hybrid.checkpoint.expected import Spec, expected_tensors
 from hybrid.checkpoint.header import ITEMSIZE
 from hybrid.checkpoint.names import is_vision
-from hybrid.checkpoint.tiny import INT4_QUANTIZATION
-from hybrid.checkpoint.write import INDEX, shard_name, write_header
+from hybrid.checkpoint.write import INDEX, INT4_QUANTIZATION, shard_name, write_header
 from hybrid.config import ModelConfig
 
 IDS = {"bos_token_id": 163584, "eos_token_id": 163585, "pad_token_id": 163839}

@@ -16,7 +16,7 @@ import torch
 from hybrid.chat.template import DEFAULT_TEMPLATE
 from hybrid.chat.tokenizer import NUM_SPECIALS, write_tokenizer
 from hybrid.checkpoint.expected import Spec, expected_tensors
-from hybrid.checkpoint.write import DTYPES, CheckpointWriter
+from hybrid.checkpoint.write import DTYPES, INT4_QUANTIZATION, CheckpointWriter
 from hybrid.config import ModelConfig
 
 NUM_RANKS = 320
@@ -67,26 +67,6 @@ TINY_TEXT_CONFIG: dict[str, Any] = {
     "num_nextn_predict_layers": 0,
 }
 
-INT4_QUANTIZATION: dict[str, Any] = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "quantization_status": "compressed",
-    "kv_cache_scheme": None,
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {
-                "type": "int", "num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True,
-                "dynamic": False, "actorder": None, "observer": "minmax",
-            },
-            "input_activations": None,
-            "output_activations": None,
-        }
-    },
-    "ignore": [
-        "lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
-    ],
-}  # fmt: skip
 FP8_QUANTIZATION: dict[str, Any] = {
     "quant_method": "fp8",
     "fmt": "e4m3",

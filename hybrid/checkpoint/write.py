@@ -30,6 +30,28 @@ DTYPES: dict[str, torch.dtype] = {
 }  # fmt: skip
 _SPELLING = {dtype: name for name, dtype in DTYPES.items()}
 
+# The quantization_config that goes with `CheckpointWriter.add_int4`.
+INT4_QUANTIZATION: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "kv_cache_scheme": None,
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "type": "int", "num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True,
+                "dynamic": False, "actorder": None, "observer": "minmax",
+            },
+            "input_activations": None,
+            "output_activations": None,
+        }
+    },
+    "ignore": [
+        "lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
+    ],
+}  # fmt: skip
+
 
 class CheckpointWriter:
     """Streams tensors into shards of at most `max_shard_bytes`; `finish` puts the directory in place.

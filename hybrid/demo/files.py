@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.chat.tokenizer import KIMI_SPECIALS, NUM_SPECIALS
-from hybrid.checkpoint.tiny import INT4_QUANTIZATION
+from hybrid.checkpoint.write import INT4_QUANTIZATION
 from hybrid.demo import experts as moe
 from hybrid.demo.llama import LlamaConfig
 from hybrid.demo.mla import QK_NOPE_HEAD_DIM
