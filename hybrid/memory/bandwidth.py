@@ -13,7 +13,7 @@ MEGABYTES, PASSES = 1024, 5
 
 
 def ram_ceiling_gbps(threads: int) -> float:
-    """Read bandwidth of `threads` threads in GB/s: the median of a few passes over 1 GiB, kept in the user's cache."""
+    """Read bandwidth of `threads` threads in GB/s: the best of a few passes over 1 GiB, kept in the user's cache."""
     path = platformdirs.user_cache_path("kimi-local") / "bandwidth.json"
     key = f"{platform.node()} {threads}"
     known = _read(path)
