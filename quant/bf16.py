@@ -7,11 +7,12 @@ results agree with a plain product to rounding, not to the bit.
 import numpy as np
 from numba import njit, prange
 
-from quant.simd import bf16_to_f32, fma_f32, kernel, load_f32x16, load_i16x16, reduce_f32, splat_f32
+from quant.simd import bf16_to_f32, fma_f32, kernel, load_f32x16, load_i16x16, reduce_f32, splat_f32, store_f32x16
 
 LANES, ROWS = 16, 4
 ALONE = 1 << 20  # bytes of weights below which waking other threads costs more than they save
 PIECE = 128 * 1024  # bytes of weights one loop iteration handles
+NEAR = 16  # rows of which a sum takes a column at a time
 
 
 def supports(rows: int, columns: int) -> bool:
@@ -39,6 +40,20 @@ def multiply_heads(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
     y = np.empty((len(x), heads, rows), np.float32)
     (_heads_together if weights.nbytes > ALONE else _heads_alone)(weights, x, y)
     return y
+
+
+def combine(weights: np.ndarray, rows: np.ndarray, columns: int) -> np.ndarray:
+    """Weighted sums of rows: weights fp32 [sums, rows], rows as bf16 bits [rows, width] -> fp32 [sums, columns].
+
+    The first `columns` of each row are used, a multiple of 16. Both C-contiguous.
+    """
+    sums = len(weights)
+    assert columns % LANES == 0 and weights.shape[1] == len(rows)
+    if sums % ROWS:
+        weights = np.concatenate([weights, np.zeros((-sums % ROWS, len(rows)), np.float32)])
+    y = np.zeros((len(weights), columns), np.float32)
+    (_combine_together if 2 * rows.shape[0] * columns > ALONE else _combine_alone)(weights, rows, y)
+    return y[:sums]
 
 
 @njit(parallel=True, cache=True)
@@ -92,3 +107,36 @@ def _four_rows(flat, offset, columns, x):
         c = fma_f32(bf16_to_f32(load_i16x16(flat, here + 4 * columns)), value, c)
         d = fma_f32(bf16_to_f32(load_i16x16(flat, here + 6 * columns)), value, d)
     return reduce_f32(a), reduce_f32(b), reduce_f32(c), reduce_f32(d)
+
+
+@njit(parallel=True, cache=True)
+def _combine_together(weights, rows, y):
+    for block in prange(y.shape[0] // ROWS):
+        _four_sums(weights, rows, y, block * ROWS)
+
+
+@njit(cache=True)
+def _combine_alone(weights, rows, y):
+    for block in range(y.shape[0] // ROWS):
+        _four_sums(weights, rows, y, block * ROWS)
+
+
+@kernel
+def _four_sums(weights, rows, y, first):
+    """Add to sums first..first+3, a few rows at a time, which stay in the cache while the columns pass over them."""
+    flat, width = rows.reshape(-1), rows.shape[1]
+    for start in range(0, rows.shape[0], NEAR):
+        stop = min(start + NEAR, rows.shape[0])
+        for at in range(0, y.shape[1], LANES):
+            a, b = load_f32x16(y[first], 4 * at), load_f32x16(y[first + 1], 4 * at)
+            c, d = load_f32x16(y[first + 2], 4 * at), load_f32x16(y[first + 3], 4 * at)
+            for row in range(start, stop):
+                value = bf16_to_f32(load_i16x16(flat, 2 * (row * width + at)))
+                a = fma_f32(splat_f32(weights[first, row]), value, a)
+                b = fma_f32(splat_f32(weights[first + 1, row]), value, b)
+                c = fma_f32(splat_f32(weights[first + 2, row]), value, c)
+                d = fma_f32(splat_f32(weights[first + 3, row]), value, d)
+            store_f32x16(y[first], 4 * at, a)
+            store_f32x16(y[first + 1], 4 * at, b)
+            store_f32x16(y[first + 2], 4 * at, c)
+            store_f32x16(y[first + 3], 4 * at, d)

@@ -12,8 +12,9 @@ from torch import Tensor
 from hybrid.config import ModelConfig
 from hybrid.memory.kv_cache import KVCache
 from hybrid.model.batch import Batch, Segment
-from hybrid.model.layers import HeadLinear, Linear, Weights, rms_norm
+from hybrid.model.layers import FEW, HeadLinear, Linear, Weights, rms_norm
 from hybrid.model.rope import rotate
+from quant import bf16
 
 SCORES_AT_ONCE = 16 << 20  # scores of one tile, 64 MiB of fp32
 
@@ -81,15 +82,38 @@ class Attention:
     def _attend(self, queries: Tensor, rows: Tensor, segment: Segment, kv: KVCache) -> Tensor:
         """[tokens, heads * v_head_dim] for one sequence; scores, softmax and sums in fp32."""
         kv.write(self.layer, segment.page_table, segment.past, rows)
-        keys = kv.read(self.layer, segment.page_table, segment.past + len(rows)).float()
-        heads, rank = self.config.num_attention_heads, self.config.kv_lora_rank
-        context = torch.empty(len(rows), heads, rank, dtype=queries.dtype, device=queries.device)
+        keys = kv.read(self.layer, segment.page_table, segment.past + len(rows))
+        context = self._few(queries, keys) if self._is_few(queries, keys) else self._many(queries, keys.float())
+        return self.w_v.forward(context).reshape(len(rows), self.config.num_attention_heads * self.config.v_head_dim)
+
+    def _is_few(self, queries: Tensor, keys: Tensor) -> bool:
+        """Whether this is a decode step that our own kernels take; torch would first widen every key to fp32."""
+        fits = keys.device.type == "cpu" and keys.dtype == torch.bfloat16 and keys.is_contiguous()
+        fewest = len(keys) - len(queries) + 1  # rows the first of the tokens sees
+        widths = (queries.shape[2], self.config.kv_lora_rank)
+        return fits and len(queries) <= FEW and all(bf16.supports(fewest, width) for width in widths)
+
+    def _few(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Latents [tokens, heads, rank] summed by weight, for the last tokens of keys bf16 [.., latent_dim]."""
+        bits = keys.view(torch.int16).numpy()
+        context = []
+        for token, query in enumerate(queries.float()):
+            visible = bits[: len(bits) - len(queries) + token + 1]
+            scores = torch.from_numpy(bf16.multiply(visible, query.contiguous().numpy()))
+            weights = (scores * self.config.softmax_scale).softmax(dim=-1)
+            context.append(torch.from_numpy(bf16.combine(weights.numpy(), visible, self.config.kv_lora_rank)))
+        return torch.stack(context).to(queries.dtype)
+
+    def _many(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """The same for any number of tokens, keys fp32: in tiles, so that the scores stay small."""
+        tokens, heads, _ = queries.shape
+        past = len(keys) - tokens
+        context = torch.empty(tokens, heads, self.config.kv_lora_rank, dtype=queries.dtype, device=queries.device)
         tile = max(1, SCORES_AT_ONCE // (heads * len(keys)))
-        for start in range(0, len(rows), tile):
+        for start in range(0, tokens, tile):
             part = queries[start : start + tile]
-            visible = keys[: segment.past + start + len(part)]
-            context[start : start + tile] = self._tile(part, visible, segment.past + start)
-        return self.w_v.forward(context).reshape(len(rows), heads * self.config.v_head_dim)
+            context[start : start + tile] = self._tile(part, keys[: past + start + len(part)], past + start)
+        return context
 
     def _tile(self, queries: Tensor, keys: Tensor, past: int) -> Tensor:
         """Latents [tokens, heads, rank] summed by weight, queries at positions past..; keys fp32 [.., latent_dim]."""

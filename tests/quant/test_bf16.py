@@ -51,3 +51,20 @@ def test_a_matrix_per_head(heads: int, rows: int, columns: int) -> None:
     x = rng.standard_normal((2, heads, columns)).astype(np.float32)
     exact = np.einsum("hrc,thc->thr", values, x)
     np.testing.assert_allclose(bf16.multiply_heads(bits, x), exact, rtol=1e-4, atol=1e-3)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 11), st.integers(1, 200), st.integers(1, 5))
+def test_weighted_sums_of_rows(seed: int, sums: int, rows: int, lanes: int) -> None:
+    rng = np.random.default_rng(seed)
+    bits, values = random(rng, rows, 16 * lanes + 16)
+    weights = rng.random((sums, rows)).astype(np.float32)
+    exact = weights @ values[:, : 16 * lanes]
+    scale = weights @ np.abs(values[:, : 16 * lanes])
+    assert (np.abs(bf16.combine(weights, bits, 16 * lanes) - exact) <= 1e-5 * scale).all()
+
+
+def test_weighted_sums_large_enough_to_be_shared() -> None:
+    rng = np.random.default_rng(3)
+    bits, values = random(rng, 3000, 576)
+    weights = rng.random((9, 3000)).astype(np.float32)
+    np.testing.assert_allclose(bf16.combine(weights, bits, 512), weights @ values[:, :512], rtol=1e-4, atol=1e-2)
