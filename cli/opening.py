@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hybrid import Kimi
     from hybrid.chat.session import Session, SessionStore
     from hybrid.progress import OnProgress, Progress
-    from hybrid.reply import Stats
+    from hybrid.stats import Stats
 
 OpenKimi = Callable[[ChatOptions, "OnProgress"], "Kimi"]
 STAGES = {

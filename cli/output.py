@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hybrid.reply import Stats
+    from hybrid.stats import Stats
 
 THEME = {"quiet": "dim", "thought": "dim italic", "notice": "yellow", "error": "bold red", "prompt": "bold cyan"}
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cli.turn import Turn
     from hybrid import Kimi
     from hybrid.chat.session import Session
-    from hybrid.reply import Stats
+    from hybrid.stats import Stats
 
 _HEAT = " ▁▂▃▄▅▆▇█"
 _ROLES = {"system": "system prompt", "user": "questions", "assistant": "answers", "tool": "tool results"}

@@ -15,7 +15,8 @@ from cli.views import View
 if TYPE_CHECKING:
     from hybrid.chat.message import Message
     from hybrid.progress import OnProgress
-    from hybrid.reply import Reply, Stats
+    from hybrid.reply import Reply
+    from hybrid.stats import Stats
 
 
 @dataclass(frozen=True)

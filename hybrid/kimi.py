@@ -25,7 +25,8 @@ from hybrid.memory.hardware import available_ram
 from hybrid.memory.kv_cache import KVCache
 from hybrid.model.transformer import Placement, Transformer
 from hybrid.progress import OnProgress, Progress, ignore
-from hybrid.reply import Reply, Stats
+from hybrid.reply import Reply
+from hybrid.stats import Stats
 
 DEFAULT_CTX = 32768
 PREFILL_CHUNK = 256

@@ -31,7 +31,3 @@ class Batch:
         """int64 [tokens]: each row's position in its own sequence."""
         parts = [torch.arange(s.past, s.past + s.stop - s.start) for s in self.segments]
         return torch.cat(parts).to(self.token_ids.device)
-
-    def last_rows(self) -> list[int]:
-        """The row of each sequence whose logits choose its next token."""
-        return [segment.stop - 1 for segment in self.segments]

@@ -19,6 +19,7 @@ from typing import Any
 from hybrid.chat.message import Message, Part, Text, Think, ToolCall
 from hybrid.errors import ContextExceeded, KimiError
 from hybrid.progress import OnProgress, Progress
+from hybrid.stats import Stats
 
 MARKDOWN = """# Fruit
 
@@ -59,34 +60,10 @@ class Params:
     max_tokens: int = 32768
 
 
-@dataclass
-class Stats:
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    thinking_tokens: int = 0
-    answer_tokens: int = 0
-    prefill_s: float = 0.5
-    first_token_s: float = 0.6
-    decode_s: float = 2.0
-    expert_bytes: int = 38_000_000_000
-    host_bytes: int = 38_000_000_000
-    ram_gbps: float = 19.0
-
-    @property
-    def prefilled_tokens(self) -> int:
-        return self.prompt_tokens - self.cached_tokens
-
-    @property
-    def generated_tokens(self) -> int:
-        return self.thinking_tokens + self.answer_tokens
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        return self.prefilled_tokens / self.prefill_s
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        return self.generated_tokens / self.decode_s
+def figures(prompt_tokens: int) -> Stats:
+    """Half a second of prompt, two of decoding at 19 GB/s."""
+    read = 38 * 10**9
+    return Stats(prompt_tokens, prefill_s=0.5, first_token_s=0.6, decode_s=2.0, expert_bytes=read, host_bytes=read)
 
 
 def words(text: str) -> list[str]:
@@ -216,7 +193,7 @@ class ScriptedKimi:
         if needed >= self.ctx:
             raise ContextExceeded(f"The prompt needs {needed} tokens of context and there are {self.ctx}.")
         self.asked.append(list(messages))
-        stats = Stats(prompt_tokens=needed)
+        stats = figures(needed)
         report = on_progress or (lambda progress: None)
         return Reply(messages[-1].content, stats, params or Params(), thinking, think_budget, report)
 
