@@ -24,8 +24,9 @@ def _cache_directory() -> Path:
 if not config.CACHE_DIR:
     config.CACHE_DIR = str(_cache_directory())
 
-from quant import int4_g32  # noqa: E402  (after the cache directory is set)
+from quant import int4_g32, trellis  # noqa: E402  (after the cache directory is set)
 
-FORMATS = {"int4_g32": int4_g32}
+LADDER = tuple(trellis.TRELLIS)  # from fewest to most bits
+FORMATS = {"int4_g32": int4_g32} | dict.fromkeys(LADDER, trellis)
 
-__all__ = ["FORMATS", "ISA"]
+__all__ = ["FORMATS", "ISA", "LADDER"]

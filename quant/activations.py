@@ -15,6 +15,7 @@ from quant.simd import (
     mul_f32,
     round_f32,
     splat_f32,
+    splat_i32,
     store_i8x16,
     to_i32,
 )
@@ -38,6 +39,44 @@ class Row(NamedTuple):
     values: np.ndarray  # int8  [columns padded]
     scales: np.ndarray  # fp32  [columns padded / 32]
     sums: np.ndarray  # int32 [columns padded / 32]
+
+
+SPAN = 1024  # columns that share a scale in `Spans`; int32 sums over them are exact in fp32
+
+
+class Spans(NamedTuple):
+    """Rotated activations as the trellis kernels take them: one scale per span of 1024 columns.
+
+    Rotation has spread outliers, so that smaller groups would gain nothing. `values[t, k] * scales[t, k // 1024]`
+    approximates x[t, k]; `sums[t, s]` is the sum of the span's int8 values. Columns are padded with zeros to 64.
+    """
+
+    values: np.ndarray  # int8  [tokens, columns padded]
+    scales: np.ndarray  # fp32  [tokens, spans]
+    sums: np.ndarray  # int32 [tokens, spans]
+
+
+def empty_spans(tokens: int, columns: int) -> Spans:
+    """Room for `encode_spans`."""
+    spans = -(-columns // SPAN)
+    return Spans(
+        np.zeros((tokens, -(-columns // PADDING) * PADDING), np.int8),
+        np.empty((tokens, spans), np.float32),
+        np.empty((tokens, spans), np.int32),
+    )
+
+
+def encode_spans(x: np.ndarray) -> Spans:
+    """The definition, x fp32 [tokens, columns]: per span as `encode` does per group."""
+    out = empty_spans(*x.shape)
+    for index in range(out.scales.shape[1]):
+        part = slice(index * SPAN, min((index + 1) * SPAN, x.shape[1]))
+        largest = np.abs(x[:, part]).max(axis=1)
+        inverse = np.divide(LARGEST, largest, out=np.zeros_like(largest), where=largest > 0)
+        out.values[:, part] = np.rint(x[:, part] * inverse[:, None])
+        out.scales[:, index] = largest / LARGEST
+        out.sums[:, index] = out.values[:, part].sum(axis=1, dtype=np.int32)
+    return out
 
 
 def zeros(tokens: int, columns: int) -> Activations:
@@ -92,3 +131,24 @@ def encode_token(x, out, token):
     source, target = x[token], row(out, token)
     for group in range(source.size // GROUP):
         encode_group(load_f32x16(source, 128 * group), load_f32x16(source, 128 * group + 64), target, group)
+
+
+@kernel
+def encode_span(x, out, token, index):
+    """Encode span `index` of x fp32 [columns], a multiple of 16, into row `token` of `Spans`, as `encode_spans`."""
+    start, stop = 4 * SPAN * index, 4 * min(SPAN * (index + 1), x.size)
+    peak = splat_f32(np.float32(0))
+    for at in range(start, stop, 64):
+        peak = max_f32(peak, abs_f32(load_f32x16(x, at)))
+    largest = horizontal_max(peak)
+    inverse = np.float32(0)
+    if largest > np.float32(0):
+        inverse = LARGEST / largest
+    factor, total = splat_f32(inverse), splat_i32(np.int32(0))
+    values = out.values[token]
+    for at in range(start, stop, 64):
+        rounded = to_i32(round_f32(mul_f32(load_f32x16(x, at), factor)))
+        store_i8x16(values, at // 4, rounded)
+        total = add_i32(total, rounded)
+    out.scales[token, index] = largest / LARGEST
+    out.sums[token, index] = horizontal_sum(total)

@@ -23,5 +23,6 @@ def instruction_set(features: set[str]) -> str:
     return "avx2" if "avx2" in features else "generic"
 
 
-ISA = instruction_set(_features())
+FEATURES = _features()
+ISA = instruction_set(FEATURES)
 CPU_NAME = config.CPU_NAME or llvm.get_host_cpu_name()

@@ -145,19 +145,19 @@ def _work(gate_up, down, pairs, x, inputs, inner, raw, y, counters, task_bytes):
         if task < tokens:
             encode_token(x, inputs, task)
         elif task < inner_done:
-            _wait(counters, tokens)
+            wait(counters, tokens)
             start = (task - tokens) % per_expert * group_step
             active = (task - tokens) // per_expert
             _gate_up(gate_up, pairs, active, start, min(start + group_step, groups), inputs, inner, raw)
         else:
-            _wait(counters, inner_done)
+            wait(counters, inner_done)
             start = (task - inner_done) * tile_step
             _down(down, pairs, start, min(start + tile_step, tiles), inner, y)
         atomic_add(counters, DONE, 1)
 
 
 @kernel
-def _wait(counters, tasks):
+def wait(counters, tasks):
     """Until `tasks` tasks are done: they were all taken before the caller's, so somebody is at work on them."""
     while atomic_add(counters, DONE, 0) < tasks:
         yield_processor()

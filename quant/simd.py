@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, errors
 from numba.extending import intrinsic, models, register_model
 
 from quant.cpu import ISA
@@ -93,13 +93,21 @@ load_i32x16 = load(i32x16)
 load_f32x16 = load(f32x16)
 
 
-@intrinsic
-def store_f32x16(typingctx, array, offset, value):
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        builder.store(args[2], at(context, builder, sig.args[0], args[0], args[1], f32x16.ir), align=1)
-        return context.get_dummy_value()
+def store(vector: Vector) -> Any:
+    def typed(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            builder.store(args[2], at(context, builder, sig.args[0], args[0], args[1], vector.ir), align=1)
+            return context.get_dummy_value()
 
-    return types.void(array, types.intp, f32x16), codegen
+        return types.void(array, types.intp, vector), codegen
+
+    return intrinsic(typed)
+
+
+store_f32x16 = store(f32x16)  # store_*(array, byte_offset, value): unaligned
+store_i32x16 = store(i32x16)
+store_u8x64 = store(u8x64)
+store_i16x16 = store(i16x16)
 
 
 @intrinsic
@@ -141,13 +149,13 @@ def prefetch(typingctx, array, offset):
     return types.void(array, types.intp), codegen
 
 
-def _call(builder: Any, name: str, result: ir.Type, *args: Any) -> Any:
+def call(builder: Any, name: str, result: ir.Type, *args: Any) -> Any:
     signature = ir.FunctionType(result, [arg.type for arg in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, signature, name), args)
 
 
 def _unary(name: str, vector: Vector) -> Any:
-    return operation(vector, (vector,), lambda b, x: _call(b, name, vector.ir, x))
+    return operation(vector, (vector,), lambda b, x: call(b, name, vector.ir, x))
 
 
 splat_i32 = operation(i32x16, (types.int32,), lambda b, x: splat(b, x, i32x16.ir))
@@ -164,20 +172,18 @@ mul_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: b.fmul(x, y))
 div_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: b.fdiv(x, y))
 # a * b + c, fused where the CPU can, for sums whose exact bits nobody relies on
 fma_f32 = operation(
-    f32x16, (f32x16, f32x16, f32x16), lambda b, x, y, z: _call(b, "llvm.fmuladd.v16f32", f32x16.ir, x, y, z)
+    f32x16, (f32x16, f32x16, f32x16), lambda b, x, y, z: call(b, "llvm.fmuladd.v16f32", f32x16.ir, x, y, z)
 )
 min_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
 # Both maxima keep NaN, so that damaged weights show in the output instead of becoming some int8 value.
-max_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: _call(b, "llvm.maximum.v16f32", f32x16.ir, x, y))
+max_f32 = operation(f32x16, (f32x16, f32x16), lambda b, x, y: call(b, "llvm.maximum.v16f32", f32x16.ir, x, y))
 abs_f32 = _unary("llvm.fabs.v16f32", f32x16)
 round_f32 = _unary("llvm.rint.v16f32", f32x16)  # half to even, as numpy.rint
 to_f32 = operation(f32x16, (i32x16,), lambda b, x: b.sitofp(x, f32x16.ir))
 to_i32 = operation(i32x16, (f32x16,), lambda b, x: b.fptosi(x, i32x16.ir))
-horizontal_xor = operation(types.int32, (i32x16,), lambda b, x: _call(b, "llvm.vector.reduce.xor.v16i32", I32, x))
-horizontal_sum = operation(types.int32, (i32x16,), lambda b, x: _call(b, "llvm.vector.reduce.add.v16i32", I32, x))
-horizontal_max = operation(
-    types.float32, (f32x16,), lambda b, x: _call(b, "llvm.vector.reduce.fmaximum.v16f32", F32, x)
-)
+horizontal_xor = operation(types.int32, (i32x16,), lambda b, x: call(b, "llvm.vector.reduce.xor.v16i32", I32, x))
+horizontal_sum = operation(types.int32, (i32x16,), lambda b, x: call(b, "llvm.vector.reduce.add.v16i32", I32, x))
+horizontal_max = operation(types.float32, (f32x16,), lambda b, x: call(b, "llvm.vector.reduce.fmaximum.v16f32", F32, x))
 
 
 def _reduce_f32(b: Any, x: Any) -> Any:
@@ -187,6 +193,24 @@ def _reduce_f32(b: Any, x: Any) -> Any:
 
 
 reduce_f32 = operation(types.float32, (f32x16,), _reduce_f32)
+
+
+@intrinsic
+def partner_f32(typingctx, x, distance):
+    """A butterfly inside a vector: lanes i and i + distance become their sum and difference; distance a literal."""
+    if not isinstance(distance, types.IntegerLiteral):
+        raise errors.RequireLiteralValue("distance")
+    step = distance.literal_value
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        undefined = ir.Constant(f32x16.ir, ir.Undefined)
+        places = ir.Constant(ir.VectorType(I32, 16), [i ^ step for i in range(16)])
+        other = builder.shuffle_vector(args[0], undefined, places)
+        total, difference = builder.fadd(args[0], other), builder.fsub(other, args[0])
+        mixed = ir.Constant(ir.VectorType(I32, 16), [i + (16 if i & step else 0) for i in range(16)])
+        return builder.shuffle_vector(total, difference, mixed)
+
+    return f32x16(f32x16, distance), codegen
 
 
 def _bf16_to_f32(b: Any, x: Any) -> Any:
@@ -210,12 +234,13 @@ high_nibbles = operation(u8x64, (u8x64,), lambda b, x: b.and_(x, constant(u8x64.
 high_nibbles_down = operation(u8x64, (u8x64,), _high_nibbles_down)
 
 
-def _halves(b: Any, x: Any) -> list[Any]:
-    count = x.type.count // 2
+def _parts(b: Any, x: Any, parts: int) -> list[Any]:
+    count = x.type.count // parts
     undefined = ir.Constant(x.type, ir.Undefined)
     lanes = ir.VectorType(I32, count)
     return [
-        b.shuffle_vector(x, undefined, ir.Constant(lanes, [start + i for i in range(count)])) for start in (0, count)
+        b.shuffle_vector(x, undefined, ir.Constant(lanes, [count * part + i for i in range(count)]))
+        for part in range(parts)
     ]
 
 
@@ -224,18 +249,21 @@ def _joined(b: Any, low: Any, high: Any) -> Any:
     return b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, count), list(range(count))))
 
 
-def _by_halves(b: Any, name: str, result: ir.Type, *args: Any) -> Any:
-    """A 256-bit instruction applied to both halves of 512-bit operands."""
-    parts = [_call(b, name, result, *halves) for halves in zip(*(_halves(b, arg) for arg in args), strict=True)]
-    return _joined(b, *parts)
+def by_parts(b: Any, name: str, result: ir.VectorType, parts: int, *args: Any) -> Any:
+    """An instruction on vectors of 1 / `parts` the width (a power of two), applied to each part of the operands."""
+    narrow = ir.VectorType(result.element, result.count // parts)
+    found = [call(b, name, narrow, *each) for each in zip(*(_parts(b, arg, parts) for arg in args), strict=True)]
+    while len(found) > 1:
+        found = [_joined(b, *pair) for pair in zip(found[::2], found[1::2], strict=True)]
+    return found[0]
 
 
 def _dot4_512(b: Any, acc: Any, weights: Any, x: Any) -> Any:
-    return _call(b, "llvm.x86.avx512.vpdpbusd.512", i32x16.ir, acc, weights, x)
+    return call(b, "llvm.x86.avx512.vpdpbusd.512", i32x16.ir, acc, weights, x)
 
 
 def _dot4_256(b: Any, acc: Any, weights: Any, x: Any) -> Any:
-    return _by_halves(b, "llvm.x86.avx512.vpdpbusd.256", ir.VectorType(I32, 8), acc, weights, x)
+    return by_parts(b, "llvm.x86.avx512.vpdpbusd.256", i32x16.ir, 2, acc, weights, x)
 
 
 def _dot4_generic(b: Any, acc: Any, weights: Any, x: Any) -> Any:
@@ -249,19 +277,35 @@ def _dot4_generic(b: Any, acc: Any, weights: Any, x: Any) -> Any:
 
 
 def _pairs_i8(b: Any, weights: Any, x: Any) -> Any:
-    return _by_halves(b, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, 16), weights, x)
+    return by_parts(b, "llvm.x86.avx2.pmadd.ub.sw", i16x32.ir, 2, weights, x)
 
 
 def _pairs_i16(b: Any, x: Any) -> Any:
-    return _by_halves(b, "llvm.x86.avx2.pmadd.wd", ir.VectorType(I32, 8), x, constant(i16x32.ir, 1))
+    return by_parts(b, "llvm.x86.avx2.pmadd.wd", i32x16.ir, 2, x, constant(i16x32.ir, 1))
+
+
+def _dot4_avx2(b: Any, acc: Any, weights: Any, x: Any) -> Any:
+    return b.add(acc, _pairs_i16(b, _pairs_i8(b, weights, x)))
 
 
 DOT4 = {"avx512vnni": _dot4_512, "avxvnni": _dot4_256}
 # dot4(acc, weights, x): acc[i] + sum over k of weights[4i+k] (0..255) * x[4i+k] (-128..127)
 dot4 = operation(i32x16, (i32x16, u8x64, u8x64), DOT4.get(ISA, _dot4_generic))
+# The same where no weight is above 127, so that two products always fit 16 bits.
+dot4_small = operation(i32x16, (i32x16, u8x64, u8x64), _dot4_avx2 if ISA == "avx2" else DOT4.get(ISA, _dot4_generic))
 # The AVX2 spelling, two steps: u8 x s8 pairs added with 16-bit saturation, then 16-bit pairs added into 32 bits.
 pairs_i8 = operation(i16x32, (u8x64, u8x64), _pairs_i8)
 pairs_i16 = operation(i32x16, (i16x32,), _pairs_i16)
+
+
+def _abs_i8(b: Any, x: Any) -> Any:
+    return call(b, "llvm.abs.v64i8", u8x64.ir, x, ir.Constant(ir.IntType(1), 0))
+
+
+# Signed bytes for AVX2, whose first factor has no sign: |w| times x with the sign of w; |-128| is 128, as unsigned.
+flip_sign = operation(u8x64, (u8x64,), lambda b, x: b.xor(x, constant(u8x64.ir, 0x80)))  # offset by 128 to signed
+abs_i8 = operation(u8x64, (u8x64,), _abs_i8)
+sign_i8 = operation(u8x64, (u8x64, u8x64), lambda b, x, w: by_parts(b, "llvm.x86.avx2.psign.b", u8x64.ir, 2, x, w))
 
 
 def _atomic(emit: Emit) -> Any:

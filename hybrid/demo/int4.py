@@ -8,8 +8,9 @@ when its turn comes, by trying several and weighing errors by what cannot be com
 import torch
 from torch import Tensor
 
+from quant.scales import search
+
 GROUP = 32
-CANDIDATES = torch.linspace(0.46, 1, 19).tolist()  # of the largest magnitude / 7
 DAMPING = 0.05  # of the mean diagonal, added to the second moments: they come from few tokens
 
 
@@ -40,18 +41,9 @@ def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
 def search_scale(group: Tensor, importance: Tensor) -> Tensor:
     """bf16 [batch, out]: the scale of group [batch, out, 32] with the least rounding error, weighted by `importance`
     (broadcast). No larger than needed for the largest magnitude, smaller where clipping it pays."""
-    largest = group.abs().amax(-1).clamp(min=1e-12)
-    best, least = torch.empty_like(largest), torch.full_like(largest, torch.inf)
-    for candidate in CANDIDATES:
-        scale = (largest * (candidate / 7)).bfloat16().float()
-        error = ((group - _nearest(group, scale[..., None])).pow(2) * importance).sum(-1)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best.bfloat16()
-
-
-def _nearest(x: Tensor, scale: Tensor) -> Tensor:
-    return (x / scale).round().clamp(-8, 7) * scale
+    weights = importance.expand_as(group).reshape(-1, GROUP)
+    bits = search(group.reshape(-1, GROUP).numpy(), weights.numpy())
+    return torch.from_numpy(bits).view(torch.bfloat16).view(group.shape[:2])
 
 
 def _inverse_factor(moments: Tensor) -> Tensor:
