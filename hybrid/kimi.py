@@ -215,7 +215,7 @@ def _demo(report: OnProgress) -> Path:
 def _require_memory(checkpoint: Checkpoint, placement: Placement, tokens: int) -> None:
     """Refuse, with the sizes, what memory cannot hold: before a weight is read."""
     itemsize = placement.dtype.itemsize
-    parts = checkpoint.load_bytes(itemsize)
+    parts = checkpoint.load_bytes(itemsize, packed=placement.device.type == "cpu" and not placement.exact)
     cache = tokens * checkpoint.config.kv_bytes_per_token(itemsize)
     needed, available = sum(parts.values()) + cache, available_ram()
     if needed > available:

@@ -15,7 +15,8 @@ _STORED_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 _BF16, _F32, _FP8 = frozenset({"BF16"}), frozenset({"F32"}), frozenset({"F8_E4M3"})
-_I32, _INTEGERS = frozenset({"I32"}), frozenset({"I32", "I64"})
+_I8, _I32, _INTEGERS = frozenset({"I8"}), frozenset({"I32"}), frozenset({"I32", "I64"})
+INT8_GROUP = 32  # weights per scale of an int8 matrix
 
 
 class Spec(NamedTuple):
@@ -26,7 +27,7 @@ class Spec(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A weight matrix [out_features, in_features] that may be stored plain, as INT4 groups or as fp8 blocks."""
+    """A weight matrix [out_features, in_features], stored plain, as INT4 or int8 groups, or as fp8 blocks."""
 
     prefix: str
     out_features: int
@@ -37,12 +38,15 @@ def expected_tensors(config: ModelConfig, stored: Mapping[str, str] | None = Non
     """Every tensor of the model by normalised name.
 
     `stored` (name -> dtype of what is on disk) settles how each linear is kept: it is INT4 if and only if its
-    `.weight_packed` exists. Without it, the configuration's quantization decides: INT4 for routed experts, fp8 for all
-    linears of the text model.
+    `.weight_packed` exists, and int8, unless it is a routed expert's, if its `.weight_int8` does. Without it, the
+    configuration's quantization decides: INT4 for routed experts, fp8 for all linears of the layers.
     """
     stored = stored or {}
     floats = plain_dtypes(config)
     tensors = {name: Spec(shape, floats) for name, shape in _tables(config)}
+    if not config.tie_word_embeddings:
+        head = Linear("lm_head", config.vocab_size, config.hidden_size)
+        tensors |= _quantized(config, head, stored) or _plain(config, head)
     for layer in range(config.num_hidden_layers):
         tensors |= {name: Spec(shape, floats) for name, shape in _layer_vectors(config, layer)}
         if config.is_moe_layer(layer):
@@ -94,8 +98,6 @@ def _mlp(at: str, hidden: int, width: int) -> Iterator[Linear]:
 def _tables(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "embed_tokens.weight", (config.vocab_size, config.hidden_size)
     yield "norm.weight", (config.hidden_size,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, config.hidden_size)
 
 
 def _layer_vectors(config: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -124,20 +126,39 @@ def _router(config: ModelConfig, layer: int) -> dict[str, Spec]:
 
 
 def _linear(config: ModelConfig, linear: Linear, stored: Mapping[str, str]) -> dict[str, Spec]:
+    return _quantized(config, linear, stored) or _fp8(config, linear, stored) or _plain(config, linear)
+
+
+def _quantized(config: ModelConfig, linear: Linear, stored: Mapping[str, str]) -> dict[str, Spec]:
+    """The tensors of a linear kept as codes with a scale per group; none if it is not."""
     prefix, rows, columns = linear
-    plain, packed = f"{prefix}.weight", f"{prefix}.weight_packed"
-    by_config = config.quant_method == "compressed-tensors" and ".mlp.experts." in prefix
-    if packed in stored or (by_config and plain not in stored):
+    packed, int8, routed = f"{prefix}.weight_packed", f"{prefix}.weight_int8", ".mlp.experts." in prefix
+    by_config = config.quant_method == "compressed-tensors" and routed
+    if packed in stored or (by_config and f"{prefix}.weight" not in stored):
         return {
             packed: Spec((rows, -(-columns // 8)), _I32),
             f"{prefix}.weight_scale": Spec((rows, -(-columns // config.group_size)), _BF16),
             f"{prefix}.weight_shape": Spec((2,), _I32 if config.model_type == "kimi_k2" else _INTEGERS),
         }
-    if config.weight_block_size and stored.get(plain, "F8_E4M3") == "F8_E4M3":
-        block_rows, block_columns = config.weight_block_size
-        blocks = (-(-rows // block_rows), -(-columns // block_columns))
-        return {plain: Spec((rows, columns), _FP8), f"{prefix}.weight_scale_inv": Spec(blocks, _F32)}
-    return {plain: Spec((rows, columns), plain_dtypes(config))}
+    if int8 in stored and not routed and columns % INT8_GROUP == 0:
+        scales = Spec((rows, columns // INT8_GROUP), _BF16)
+        return {int8: Spec((rows, columns), _I8), f"{prefix}.weight_scale": scales}
+    return {}
+
+
+def _fp8(config: ModelConfig, linear: Linear, stored: Mapping[str, str]) -> dict[str, Spec]:
+    """The tensors of a linear kept as fp8 blocks; none if it is not."""
+    prefix, rows, columns = linear
+    plain = f"{prefix}.weight"
+    if not config.weight_block_size or stored.get(plain, "F8_E4M3") != "F8_E4M3":
+        return {}
+    block_rows, block_columns = config.weight_block_size
+    blocks = (-(-rows // block_rows), -(-columns // block_columns))
+    return {plain: Spec((rows, columns), _FP8), f"{prefix}.weight_scale_inv": Spec(blocks, _F32)}
+
+
+def _plain(config: ModelConfig, linear: Linear) -> dict[str, Spec]:
+    return {f"{linear.prefix}.weight": Spec(linear[1:], plain_dtypes(config))}
 
 
 def vision_tensors(vision: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -38,6 +38,16 @@ class Int4Weight(NamedTuple):
     scales: np.ndarray
 
 
+class Int8Weight(NamedTuple):
+    """One int8 matrix as stored, without a copy; weight = code * scale.
+
+    `codes` int8 [out, in]; `scales` uint16 [out, in // 32]: bits of bfloat16.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+
+
 Weight = Int4Weight | torch.Tensor
 
 
@@ -95,11 +105,26 @@ class Checkpoint:
             raise damaged(located.shard, f"{name} has the unusable dtype {located.entry.dtype}")
         return torch.from_numpy(self._bytes(located)).view(dtype).reshape(located.entry.shape)
 
-    def linear(self, prefix: str) -> torch.Tensor:
-        """The matrix [out, in] of a linear: as stored if it is a plain float, else decoded to bfloat16."""
+    def matrix(self, prefix: str) -> Int4Weight | Int8Weight | torch.Tensor:
+        """The matrix of a linear as stored: INT4 or int8 codes with their scales, else a plain or fp8 tensor."""
         if self.has(f"{prefix}.weight_packed"):
-            return decode_int4(self._int4(prefix))
-        weight = self.tensor(f"{prefix}.weight")
+            return self._int4(prefix)
+        if self.has(f"{prefix}.weight_int8"):
+            codes, scales = self._located(f"{prefix}.weight_int8"), self._located(f"{prefix}.weight_scale")
+            bits = self._bytes(scales).view(np.uint16).reshape(scales.entry.shape)
+            return Int8Weight(self._bytes(codes).view(np.int8).reshape(codes.entry.shape), bits)
+        return self.tensor(f"{prefix}.weight")
+
+    def linear(self, prefix: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """The matrix [out, in] of a linear: as stored if it is a plain float, else decoded.
+
+        INT4 and int8 to `dtype` (float32 holds their values exactly), fp8 to bfloat16.
+        """
+        weight = self.matrix(prefix)
+        if isinstance(weight, Int4Weight):
+            return decode_int4(weight, dtype)
+        if isinstance(weight, Int8Weight):
+            return decode_int8(weight, dtype)
         if weight.dtype != torch.float8_e4m3fn:
             return weight
         block = self.config.weight_block_size
@@ -116,13 +141,15 @@ class Checkpoint:
         """ "int4_g32" or "bf16": the form in which `expert` gives this layer's matrices."""
         return "int4_g32" if self.has(f"{expert_prefix(layer, 0)}.gate_proj.weight_packed") else "bf16"
 
-    def load_bytes(self, dtype_size: int = 2) -> dict[str, int]:
+    def load_bytes(self, dtype_size: int = 2, packed: bool = True) -> dict[str, int]:
         """Bytes of memory the text model takes once loaded, from headers alone.
 
         "routed_experts" as they are kept (INT4 as stored, others as bfloat16); "resident" everything else at
-        `dtype_size` bytes per weight, router in float32.
+        `dtype_size` bytes per weight, router in float32. With `packed` and bfloat16, which is how a CPU loads them by
+        default, INT4 and int8 linears stay as stored.
         """
-        return loaded_bytes(self.config, ((name, entry) for name, (_, entry) in self._tensors.items()), dtype_size)
+        entries = ((name, entry) for name, (_, entry) in self._tensors.items())
+        return loaded_bytes(self.config, entries, dtype_size, packed)
 
     def _weight(self, prefix: str) -> Weight:
         if self.has(f"{prefix}.weight_packed"):
@@ -165,7 +192,9 @@ def map_file(path: Path) -> np.ndarray:
     return np.frombuffer(mapped, dtype=np.uint8)
 
 
-def loaded_bytes(config: ModelConfig, tensors: Iterable[tuple[str, Entry]], dtype_size: int = 2) -> dict[str, int]:
+def loaded_bytes(
+    config: ModelConfig, tensors: Iterable[tuple[str, Entry]], dtype_size: int = 2, packed: bool = True
+) -> dict[str, int]:
     """Memory of a text model whose tensors (normalised names) these are; see `Checkpoint.load_bytes`."""
     routed = resident = 0
     for name, entry in tensors:
@@ -175,9 +204,16 @@ def loaded_bytes(config: ModelConfig, tensors: Iterable[tuple[str, Entry]], dtyp
         values = math.prod(entry.shape) * (8 if name.endswith("weight_packed") else 1)
         if ".mlp.experts." in name:
             routed += entry.nbytes if "weight_" in name else 2 * values
+        elif packed and dtype_size == 2 and "weight_" in name and not is_absorbed(name):
+            resident += entry.nbytes
         elif not name.endswith("weight_scale"):
             resident += values * (4 if ".mlp.gate." in name else dtype_size)
     return {"routed_experts": routed, "resident": resident}
+
+
+def is_absorbed(name: str) -> bool:
+    """Whether a tensor belongs to the projection that attention folds into queries and outputs: always decoded."""
+    return ".kv_b_proj." in name
 
 
 def is_unused_layer(config: ModelConfig, layer: int | None) -> bool:
@@ -185,14 +221,23 @@ def is_unused_layer(config: ModelConfig, layer: int | None) -> bool:
     return layer is not None and 0 <= layer - config.num_hidden_layers < config.num_nextn_predict_layers
 
 
-def decode_int4(weight: Int4Weight) -> torch.Tensor:
-    """bfloat16 [out, in] of an INT4 matrix."""
+def decode_int4(weight: Int4Weight, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """[out, in] of an INT4 matrix."""
     packed = torch.from_numpy(weight.packed)
-    scales = torch.from_numpy(weight.scales).view(torch.bfloat16).float()
     nibbles = torch.stack((packed & 15, packed >> 4), dim=2).reshape(packed.shape[0], -1)
-    codes = nibbles.to(torch.int8) - 8
-    groups = codes.reshape(*scales.shape, KERNEL_GROUP).float() * scales[:, :, None]
-    return groups.reshape(codes.shape).to(torch.bfloat16)
+    return _scaled(nibbles.to(torch.int8) - 8, weight.scales, dtype)
+
+
+def decode_int8(weight: Int8Weight, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """[out, in] of an int8 matrix."""
+    return _scaled(torch.from_numpy(weight.codes), weight.scales, dtype)
+
+
+def _scaled(codes: torch.Tensor, scales: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """int8 codes [out, in] times a scale per 32 columns, bits of bfloat16 as uint16 [out, in // 32]."""
+    steps = torch.from_numpy(scales).view(torch.bfloat16).float()
+    groups = codes.reshape(*steps.shape, KERNEL_GROUP).float() * steps[:, :, None]
+    return groups.reshape(codes.shape).to(dtype)
 
 
 def decode_fp8(weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

@@ -115,6 +115,14 @@ class CheckpointWriter:
         self.add(f"{name}.weight_scale", scales)
         self.add(f"{name}.weight_shape", torch.tensor([rows, columns], dtype=torch.int32))
 
+    def add_int8(self, name: str, codes: np.ndarray, scales: torch.Tensor) -> None:
+        """Store a resident linear as int8: `codes` int8 [out, in], `scales` bfloat16 [out, in // 32]."""
+        rows, columns = codes.shape
+        assert codes.dtype == np.int8 and scales.dtype == torch.bfloat16 and columns % 32 == 0
+        assert scales.shape == (rows, columns // 32), (codes.shape, scales.shape)
+        self.add(f"{name}.weight_int8", torch.from_numpy(codes))
+        self.add(f"{name}.weight_scale", scales)
+
     def finish(self, files: Mapping[str, str | bytes]) -> Path:
         """Write the last shard, index, checksums and `files`, flush all to disk and rename into place."""
         if self._pending:

@@ -41,6 +41,13 @@ class PackedExperts:
         return torch.from_numpy(out).to(x.device)
 
 
+ObserveExpert = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+def unobserved(expert: int, weights: Tensor, inner: Tensor, outputs: Tensor) -> None:
+    """The default `observe`."""
+
+
 class ExactExperts:
     """Experts in full precision by torch, one at a time: the path that others are checked against, and bf16 models'."""
 
@@ -48,6 +55,8 @@ class ExactExperts:
         """`expert(i)` returns gate, up [intermediate, hidden] and down [hidden, intermediate] in the model's dtype."""
         self.expert = expert
         self.expert_bytes = expert_bytes
+        # Told of an expert applied: weights [n] of its tokens, inner [n, intermediate] and outputs fp32 [n, hidden].
+        self.observe: ObserveExpert = unobserved
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -56,7 +65,9 @@ class ExactExperts:
             gate, up, down = self.expert(expert)
             inputs = x[rows].to(gate.dtype)
             inner = torch.nn.functional.silu(inputs @ gate.T) * (inputs @ up.T)
-            out.index_add_(0, rows, (inner @ down.T).float() * topk_weights[rows, slots, None])
+            outputs, weights = (inner @ down.T).float(), topk_weights[rows, slots]
+            self.observe(expert, weights, inner, outputs)
+            out.index_add_(0, rows, outputs * weights[:, None])
         return out
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.checkpoint import Checkpoint
-from quant import aligned, bf16
+from hybrid.checkpoint.hf import Int4Weight, Int8Weight
+from quant import aligned, bf16, linear
 
 FEW = 4  # tokens up to which our product of a bf16 matrix is faster than torch's, which is made for many
 
@@ -44,6 +45,18 @@ class Linear:
         return y if self.bias is None else y + self.bias
 
 
+class PackedLinear(Linear):
+    """The same over a matrix kept in INT4 or int8: inputs are rounded to int8, the kernels do the rest."""
+
+    def __init__(self, matrix: linear.Matrix, bias: Tensor | None = None) -> None:
+        self.matrix = matrix
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.from_numpy(linear.multiply(self.matrix, x.float().contiguous().numpy())).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
 class HeadLinear:
     """A matrix of its own for every head: x [tokens, heads, in] -> [tokens, heads, out]."""
 
@@ -61,10 +74,15 @@ class HeadLinear:
 class Weights:
     """The resident weights of a checkpoint, on their device and in their dtype."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, exact: bool = False
+    ) -> None:
+        """`exact` linears multiply full-precision inputs. Those stored in INT4 or int8 are then decoded, as they are in
+        any dtype but bf16 and on any device but the CPU; elsewhere they stay packed."""
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
+        self.keeps_packed = device.type == "cpu" and dtype == torch.bfloat16 and not exact
         self.matrix_bytes = 0  # of all matrices asked for: what every step reads
 
     def stored(self, name: str) -> Tensor:
@@ -76,13 +94,25 @@ class Weights:
 
     def matrix(self, prefix: str) -> Tensor:
         """[out, in] of a linear, decoded if it is stored in fewer bits."""
-        matrix = self.checkpoint.linear(prefix).to(self.device, self.dtype)
+        matrix = self.checkpoint.linear(prefix, self.dtype).to(self.device, self.dtype)
         self.matrix_bytes += matrix.nbytes
         return matrix
 
     def linear(self, prefix: str) -> Linear:
-        bias = f"{prefix}.bias"
-        return Linear(self.matrix(prefix), self.tensor(bias) if self.checkpoint.has(bias) else None)
+        name = f"{prefix}.bias"
+        bias = self.tensor(name) if self.checkpoint.has(name) else None
+        packed = _packed(self.checkpoint.matrix(prefix)) if self.keeps_packed else None
+        if packed is None:
+            return Linear(self.matrix(prefix), bias)
+        self.matrix_bytes += packed.nbytes
+        return PackedLinear(packed, bias)
+
+
+def _packed(weight: Int4Weight | Int8Weight | Tensor) -> linear.Matrix | None:
+    """A stored matrix in the layout its kernel reads; None for one that is not INT4 or int8."""
+    if isinstance(weight, Int4Weight):
+        return linear.pack_int4(weight.packed, weight.scales)
+    return linear.pack_int8(weight.codes, weight.scales) if isinstance(weight, Int8Weight) else None
 
 
 @dataclass(frozen=True)

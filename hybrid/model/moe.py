@@ -1,5 +1,6 @@
 """The Mixture-of-Experts layer: routed experts, weighted, plus the shared expert, unweighted."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,6 +10,12 @@ from hybrid.memory.router_stats import RouterStats
 from hybrid.model.layers import GatedMLP
 from hybrid.model.router import Router
 
+ObserveRouting = Callable[[Tensor, Tensor, Tensor], None]
+
+
+def unobserved(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    """The default `observe`."""
+
 
 @dataclass(frozen=True)
 class MoE:
@@ -17,10 +24,12 @@ class MoE:
     experts: LayerExperts
     shared: GatedMLP | None
     stats: RouterStats
+    observe: ObserveRouting = unobserved  # told the input and what the router made of it
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, hidden] (normed) -> [tokens, hidden]; routed outputs are summed in fp32, then rounded once."""
         topk_ids, topk_weights = self.router.forward(x)
+        self.observe(x, topk_ids, topk_weights)
         self.stats.record(self.layer, topk_ids.numpy(force=True), self.experts.expert_bytes)
         routed = self.experts.forward(x, topk_ids, topk_weights).to(x.dtype)
         return routed if self.shared is None else routed + self.shared.forward(x)

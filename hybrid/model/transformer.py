@@ -20,12 +20,21 @@ from hybrid.model.router import Router
 
 @dataclass(frozen=True)
 class Block:
-    """h += attention(norm(h)); h += ffn(norm(h))."""
+    """One layer: h += attention(norm(h)); h += ffn(norm(h))."""
 
     input_layernorm: Tensor
     attention: Attention
     post_attention_layernorm: Tensor
     ffn: GatedMLP | MoE
+    eps: float
+
+    def attend(self, h: Tensor, batch: Batch, kv: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
+        """The first half: h [tokens, hidden] -> the same; extends the layer's rows in `kv`."""
+        return h + self.attention.forward(rms_norm(h, self.input_layernorm, self.eps), batch, kv, cos, sin)
+
+    def feed(self, h: Tensor) -> Tensor:
+        """The second half, in which tokens do not see each other: h [tokens, hidden] -> the same."""
+        return h + self.ffn.forward(rms_norm(h, self.post_attention_layernorm, self.eps))
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,28 @@ class Placement:
     threads: int
 
 
+def load_block(weights: Weights, placement: Placement, layer: int, stats: RouterStats) -> Block:
+    """Read all weights of one layer."""
+    config, prefix = weights.checkpoint.config, f"layers.{layer}"
+    routed = config.is_moe_layer(layer)
+    return Block(
+        weights.tensor(f"{prefix}.input_layernorm.weight"),
+        Attention(config, layer, weights),
+        weights.tensor(f"{prefix}.post_attention_layernorm.weight"),
+        _load_moe(weights, placement, layer, stats) if routed else GatedMLP.load(weights, f"{prefix}.mlp"),
+        config.rms_norm_eps,
+    )
+
+
+def _load_moe(weights: Weights, placement: Placement, layer: int, stats: RouterStats) -> MoE:
+    config, prefix = weights.checkpoint.config, f"layers.{layer}.mlp"
+    experts = load_experts(
+        weights.checkpoint, layer, exact=placement.exact, dtype=placement.dtype, threads=placement.threads
+    )
+    shared = GatedMLP.load(weights, f"{prefix}.shared_experts") if config.n_shared_experts else None
+    return MoE(layer, Router.load(config, weights, f"{prefix}.gate"), experts, shared, stats)
+
+
 class Transformer:
     """The weights and the arithmetic; knows no text, no requests and no sampling."""
 
@@ -48,14 +79,14 @@ class Transformer:
         config = self.config = checkpoint.config
         self.stats = RouterStats(config)
         self.rope = Rope(config, placement.device)
-        weights = Weights(checkpoint, placement.device, placement.dtype)
+        weights = Weights(checkpoint, placement.device, placement.dtype, exact=placement.exact)
         self.embed_tokens = weights.tensor("embed_tokens.weight")
         self.norm = weights.tensor("norm.weight")
         self.lm_head = Linear(self.embed_tokens) if config.tie_word_embeddings else weights.linear("lm_head")
         self.steps = 0
         self.blocks: list[Block] = []
         for layer in range(config.num_hidden_layers):
-            self.blocks.append(self._load_block(weights, placement, layer))
+            self.blocks.append(load_block(weights, placement, layer, self.stats))
             on_layer_loaded(layer + 1)
         tied = self.embed_tokens.nbytes if config.tie_word_embeddings else 0
         self.resident_bytes = weights.matrix_bytes + tied if placement.device.type == "cpu" else 0
@@ -65,35 +96,15 @@ class Transformer:
         """Bytes of weights read from the host's memory so far: experts, and on a CPU the resident weights too."""
         return self.stats.expert_bytes + self.steps * self.resident_bytes
 
-    def _load_block(self, weights: Weights, placement: Placement, layer: int) -> Block:
-        prefix = f"layers.{layer}"
-        routed = self.config.is_moe_layer(layer)
-        return Block(
-            weights.tensor(f"{prefix}.input_layernorm.weight"),
-            Attention(self.config, layer, weights),
-            weights.tensor(f"{prefix}.post_attention_layernorm.weight"),
-            self._load_moe(weights, placement, layer) if routed else GatedMLP.load(weights, f"{prefix}.mlp"),
-        )
-
-    def _load_moe(self, weights: Weights, placement: Placement, layer: int) -> MoE:
-        prefix = f"layers.{layer}.mlp"
-        experts = load_experts(
-            weights.checkpoint, layer, exact=placement.exact, dtype=placement.dtype, threads=placement.threads
-        )
-        shared = GatedMLP.load(weights, f"{prefix}.shared_experts") if self.config.n_shared_experts else None
-        return MoE(layer, Router.load(self.config, weights, f"{prefix}.gate"), experts, shared, self.stats)
-
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
         """Hidden states [tokens, hidden] after the last block; extends `kv` by the batch's tokens."""
         self.steps += 1
         cos, sin = self.rope.table(batch.positions())
         h = self.embed_tokens[batch.token_ids]
-        eps = self.config.rms_norm_eps
         for layer, block in enumerate(self.blocks):
             batch.on_layer(layer)
-            h = h + block.attention.forward(rms_norm(h, block.input_layernorm, eps), batch, kv, cos, sin)
-            h = h + block.ffn.forward(rms_norm(h, block.post_attention_layernorm, eps))
+            h = block.feed(block.attend(h, batch, kv, cos, sin))
         return h
 
     @torch.inference_mode()

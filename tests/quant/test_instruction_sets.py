@@ -15,6 +15,8 @@ CPUS = {
     "generic": ("nehalem", "+sse4.2,+popcnt"),
 }
 
+TESTS = ("int4_g32", "int8_g32", "linear", "activations", "swiglu", "bf16", "rotation", "trellis_moe")
+
 
 @pytest.mark.parametrize("isa", CPUS)
 def test_kernels_are_exact(isa: str, tmp_path: Path) -> None:
@@ -29,7 +31,7 @@ def test_kernels_are_exact(isa: str, tmp_path: Path) -> None:
         "KIMI_LOCAL_EXPECT_ISA": isa,
     }
     here = Path(__file__).parent
-    tests = [str(here / name) for name in ("test_int4_g32.py", "test_activations.py", "test_swiglu.py", "test_bf16.py")]
+    tests = [str(here / f"test_{name}.py") for name in TESTS]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=here.parent.parent)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]

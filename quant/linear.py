@@ -1,0 +1,211 @@
+"""A resident matrix in int4_g32 or int8_g32 times any number of tokens: projections, dense MLPs, shared expert, head.
+
+Tiles of 32 rows are shared among the threads by one counter: a core that is slow or busy elsewhere takes fewer. Each
+tile's weights are read from memory once for all tokens. From four tokens on, int8 weights are used for four at a time;
+from eight on, an INT4 tile is first widened to int8, in the cache, and treated the same (a third faster).
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+from numba import get_num_threads, njit, prange
+
+from quant import activations, aligned, int4_g32, int8_g32
+from quant.activations import encode_token, row
+from quant.simd import (
+    atomic_add,
+    constant,
+    high_nibbles_down,
+    kernel,
+    load_i16x16,
+    load_u8x64,
+    low_nibbles,
+    operation,
+    store_f32x16,
+    store_i16x16,
+    store_u8x64,
+    u8x64,
+)
+
+FORMATS: dict[str, ModuleType] = {"int4_g32": int4_g32, "int8_g32": int8_g32}
+ROWS = 32
+ALONE = 1 << 20  # bytes of weights times tokens below which waking other threads costs more than they save
+MANY = 1 << 17  # activations that are worth encoding on several threads
+WIDEN = 8  # tokens from which on INT4 tiles are widened
+LARGEST_TASK = 2 * 1024 * 1024  # bytes of weights
+TASKS_PER_THREAD = 24
+
+
+class Matrix(NamedTuple):
+    """One matrix [rows, columns], packed for the kernels; its last tile is filled up with zero weights."""
+
+    format: str  # a key of FORMATS
+    blocks: np.ndarray  # uint8 [rows / 32 rounded up, ...] as the format lays it out
+    rows: int
+    columns: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+
+def pack_int4(packed: np.ndarray, scales: np.ndarray) -> Matrix:
+    """A matrix as released: packed uint8 [rows, columns / 2], scales uint16 [rows, columns / 32] (bits of bf16)."""
+    return _pack("int4_g32", packed, scales, int4_g32.ZERO * 0x11)
+
+
+def pack_int8(codes: np.ndarray, scales: np.ndarray) -> Matrix:
+    """A matrix from codes int8 [rows, columns] and scales uint16 [rows, columns / 32] (bits of bf16)."""
+    return _pack("int8_g32", codes, scales, 0)
+
+
+def _pack(name: str, weights: np.ndarray, scales: np.ndarray, zero: int) -> Matrix:
+    rows, columns = len(weights), 32 * scales.shape[1]
+    missing = -rows % ROWS
+    if missing:
+        weights = np.pad(weights, ((0, missing), (0, 0)), constant_values=zero)
+        scales = np.pad(scales, ((0, missing), (0, 0)))
+    blocks = FORMATS[name].empty(1, rows + missing, columns).blocks[0]
+    FORMATS[name].pack(weights, scales, blocks)
+    return Matrix(name, blocks, rows, columns)
+
+
+def encode(name: str, weights: np.ndarray) -> Matrix:
+    """Quantize weights fp32 [rows, columns], columns a multiple of 32, to the format `name`."""
+    return (pack_int4 if name == "int4_g32" else pack_int8)(*FORMATS[name].encode(weights))
+
+
+def decode(matrix: Matrix) -> np.ndarray:
+    """fp32 [rows, columns]: what the matrix means."""
+    return FORMATS[matrix.format].decode(matrix.blocks, matrix.columns)[: matrix.rows]
+
+
+def multiply_reference(matrix: Matrix, x: np.ndarray) -> np.ndarray:
+    """What `multiply` computes, bit for bit, in NumPy."""
+    return FORMATS[matrix.format].multiply(matrix.blocks, activations.encode(x))[:, : matrix.rows]
+
+
+def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
+    """x fp32 [tokens, columns], C-contiguous -> fp32 [tokens, rows]. Call from one thread at a time."""
+    tokens, columns = x.shape
+    assert columns == matrix.columns, (columns, matrix.columns)
+    inputs = activations.zeros(tokens, columns)
+    narrow = matrix.format == "int4_g32"
+    threads = get_num_threads() if matrix.nbytes * tokens > ALONE else 1
+    tiles = len(matrix.blocks)
+    work = Work(
+        matrix.blocks.reshape(tiles, -1),
+        narrow,
+        aligned.empty((threads, _widened_bytes(matrix) if narrow and tokens >= WIDEN else 0)),
+        np.empty((tokens, ROWS * tiles), np.float32),
+        np.zeros(8, np.int64),
+        max(1, min(tiles // (TASKS_PER_THREAD * threads), LARGEST_TASK * tiles // max(1, matrix.nbytes))),
+    )
+    if threads > 1:
+        _together(x, inputs, work, threads)
+    else:
+        _alone(x, inputs, work)
+    return work.y if matrix.rows == ROWS * tiles else np.ascontiguousarray(work.y[:, : matrix.rows])
+
+
+def _widened_bytes(matrix: Matrix) -> int:
+    """Of one INT4 tile as int8_g32 stores it."""
+    return 2 * matrix.blocks.shape[1] * int8_g32.BLOCK
+
+
+class Work(NamedTuple):
+    """One product as the threads see it, but for its inputs: parallel loops take no tuples within tuples."""
+
+    tiles: np.ndarray  # uint8 [tiles, bytes of a tile]
+    narrow: bool  # whether they are int4_g32
+    widened: np.ndarray  # uint8 [threads, bytes of a widened tile, or 0]
+    y: np.ndarray  # fp32 [tokens, 32 * tiles]
+    next: np.ndarray  # int64, the first is the number of tasks taken
+    step: int  # tiles of one task
+
+
+@njit(parallel=True, cache=True)
+def _together(x, inputs, work, threads):
+    if x.size > MANY:
+        for token in prange(x.shape[0]):
+            encode_token(x, inputs, token)
+    else:
+        for token in range(x.shape[0]):
+            encode_token(x, inputs, token)
+    for thread in prange(threads):
+        _take_tiles(work, inputs, thread)
+
+
+@njit(cache=True)
+def _alone(x, inputs, work):
+    for token in range(x.shape[0]):
+        encode_token(x, inputs, token)
+    _take_tiles(work, inputs, 0)
+
+
+@kernel
+def _take_tiles(work, inputs, thread):
+    """One thread: take tasks until none is left."""
+    tiles = work.tiles.shape[0]
+    while True:
+        start = work.step * atomic_add(work.next, 0, 1)
+        if start >= tiles:
+            break
+        for tile in range(start, min(start + work.step, tiles)):
+            _tile(work, inputs, tile, work.widened[thread])
+
+
+@kernel
+def _tile(work, inputs, tile, widened):
+    """Thirty-two rows for every token."""
+    weights, tokens = work.tiles[tile], work.y.shape[0]
+    if not work.narrow:
+        _int8_tile(weights, weights.size // int8_g32.BLOCK, inputs, work.y, tile)
+    elif tokens >= WIDEN:
+        _widen(weights, widened)
+        _int8_tile(widened, widened.size // int8_g32.BLOCK, inputs, work.y, tile)
+    else:
+        for token in range(tokens):
+            pair = int4_g32.dot_tile(weights, 0, weights.size // int4_g32.BLOCK, row(inputs, token))
+            _store(work.y[token], tile, pair[0], pair[1])
+
+
+@kernel
+def _int8_tile(weights, groups, inputs, y, tile):
+    fours = y.shape[0] // 4 * 4
+    for token in range(0, fours, 4):
+        low, high = int8_g32.dot_tile4(weights, 0, groups, inputs, token)
+        _store(y[token], tile, low[0], high[0])
+        _store(y[token + 1], tile, low[1], high[1])
+        _store(y[token + 2], tile, low[2], high[2])
+        _store(y[token + 3], tile, low[3], high[3])
+    for token in range(fours, y.shape[0]):
+        low, high = int8_g32.dot_tile(weights, 0, groups, row(inputs, token))
+        _store(y[token], tile, low, high)
+
+
+@kernel
+def _store(y, tile, low, high):
+    store_f32x16(y, 128 * tile, low)
+    store_f32x16(y, 128 * tile + 64, high)
+
+
+_to_int8_code = operation(
+    u8x64, (u8x64,), lambda b, x: b.add(x, constant(u8x64.ir, int8_g32.ZERO - int4_g32.ZERO))
+)  # q + 8 to q + 128
+
+
+@kernel
+def _widen(weights, out):
+    """The same tile, int4_g32, as int8_g32 stores it."""
+    for half_block in range(weights.size // int4_g32.HALF):
+        source, half = int4_g32.HALF * half_block, half_block % 2
+        for group in range(2):
+            target = int8_g32.BLOCK * (half_block // 2 * 2 + group) + 64 * half
+            for line in range(4):
+                codes = load_u8x64(weights, source + 256 * group + 64 * line)
+                store_u8x64(out, target + 256 * line, _to_int8_code(low_nibbles(codes)))
+                store_u8x64(out, target + 256 * line + 128, _to_int8_code(high_nibbles_down(codes)))
+            scales = int8_g32.BLOCK * (half_block // 2 * 2 + group) + int8_g32.CODES + 32 * half
+            store_i16x16(out, scales, load_i16x16(weights, source + 512 + 32 * group))
