@@ -30,6 +30,7 @@ FORCED = {  # compile for an older CPU: LLVM's name and features for Numba
 def kernels(
     gigabytes: Annotated[float, typer.Option("--gb", min=0.1, help="Distinct experts to sweep, in GB.")] = 4.2,
     threads: Annotated[str, typer.Option(help="Thread counts, with commas; default 1 and all cores.")] = "",
+    formats: Annotated[str, typer.Option("--format", help="Formats, with commas; default all.")] = "",
     batch: Annotated[str, typer.Option(help="Tokens per expert, with commas.")] = "1",
     passes: Annotated[int, typer.Option(min=1, help="Timed passes per row; medians are reported.")] = 7,
     isa: Annotated[str, typer.Option(help="Force a kernel family: avx2, avxvnni or generic.")] = "",
@@ -41,24 +42,27 @@ def kernels(
     """
     _force(isa)
     from hybrid.device import default_threads
-    from quant.bench import measure
+    from quant.bench import FORMATS, measure
     from quant.cpu import CPU_NAME, ISA
+
+    names = _names("--format", formats, FORMATS)
 
     counts = _numbers("--threads", threads) or sorted({1, default_threads()})
     out = make_console(sys.stdout)
-    results = measure(gigabytes, counts, _numbers("--batch", batch), passes, lambda text: typer.echo(text, err=True))
+    batches = _numbers("--batch", batch)
+    results = measure(names, gigabytes, counts, batches, passes, lambda text: typer.echo(text, err=True))
     head = next(results)
     if not as_json:
         out.print(f"{CPU_NAME}, {ISA} kernels. Physical ceiling, plain reading of the same memory:")
         for n, gbps in head["ceiling_gbps"].items():
             out.print(f"  {n} threads  {gbps:7.2f} GB/s")
-        out.print("format    bpw  threads batch     GB/s  share  Gweights/s  rel. error")
+        out.print("format        bpw  threads batch     GB/s  share  Gweights/s  rel. error")
     rows = []
     for row in results:
         rows.append(row)
         if not as_json:
             out.print(
-                f"{row['format']:9} {row['bpw']:.1f} {row['threads']:7} {row['batch']:5} {row['gbps']:8.2f} "
+                f"{row['format']:11} {row['bpw']:5.3f} {row['threads']:7} {row['batch']:5} {row['gbps']:8.2f} "
                 f"{row['share']:6.1%} {row['gweights_s']:11.2f} {row['rel_err']:11.5f}"
             )
     typer.echo(json.dumps({**head, "rows": rows}))
@@ -71,6 +75,14 @@ def _force(isa: str) -> None:
     if isa not in FORCED:
         raise typer.BadParameter(f"{isa!r}: choose one of {', '.join(FORCED)}.", param_hint="--isa")
     os.environ["NUMBA_CPU_NAME"], os.environ["NUMBA_CPU_FEATURES"] = FORCED[isa]
+
+
+def _names(option: str, text: str, known: tuple[str, ...]) -> list[str]:
+    names = [part for part in text.split(",") if part] or list(known)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r}: choose from {', '.join(known)}.", param_hint=option)
+    return names
 
 
 def _numbers(option: str, text: str) -> list[int]:

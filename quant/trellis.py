@@ -11,8 +11,9 @@ scales followed by its bits. Trellis time runs down the rows, four columns (a pa
 
     plane   bf16 scales [rows padded], padded to 64 bytes
             bits [slabs, tiles, steps / 8, block]
-    block   eight steps of a tile: 16 lines of 64 bytes of stream e, byte l = the eight bits of lane l, then
-            stream o: the same for T20; 16 lines of 32 bytes for T15, byte i = four bits of lane i and of lane i + 32
+    block   eight steps of a tile, panel after panel: 64 bytes of stream e, byte l = the eight bits of lane l, and
+            for T20 as many of stream o. For T15 two panels share three lines: e, e, and 32 bytes of o for each, byte
+            i = four bits of lane i and four of lane i + 32
 
 So every kernel reads one unbroken stream, keeps its sums in registers over a tile, and meets each block twice: once as
 the continuation of the block before it.
@@ -118,15 +119,25 @@ def _by_block(streams: np.ndarray, shape: Layout, bits: int) -> np.ndarray:
     return split.transpose(0, 1, 5, 2, 4, 3, 6).reshape(slabs, tiles, shape.steps // 8, PANELS, lanes, bits)
 
 
+def _lines(plane: Plane) -> tuple[np.ndarray, np.ndarray]:
+    """Views of stream e [.., panels, 64] (T15: [.., 8, 2, 64]) and of stream o in the same order."""
+    head, code = plane.bits.shape[:3], plane.code
+    if code is T15:
+        trios = plane.bits.reshape(*head, PANELS // 2, 3 * LANES)
+        return trios[..., : 2 * LANES].reshape(*head, -1, 2, LANES), trios[..., 2 * LANES :].reshape(*head, -1, 2, 32)
+    lines = plane.bits.reshape(*head, PANELS, -1)
+    return lines[..., :LANES], lines[..., LANES:]
+
+
 def unpack(plane: Plane, shape: Layout) -> tuple[np.ndarray, np.ndarray]:
     """Streams e and o of a plane: bits uint8 [slabs, tiles, chains, lanes, steps of the sequence (or fewer for o)]."""
     head = plane.bits.shape[:3]
-    e = np.unpackbits(plane.bits[..., :1024].reshape(*head, PANELS, LANES, 1), axis=-1, bitorder="little")
-    rest = plane.bits[..., 1024:]
+    lines_e, lines_o = _lines(plane)
+    e = np.unpackbits(lines_e.reshape(*head, PANELS, LANES, 1), axis=-1, bitorder="little")
     if plane.code is T20:
-        o = np.unpackbits(rest.reshape(*head, PANELS, LANES, 1), axis=-1, bitorder="little")
+        o = np.unpackbits(lines_o.reshape(*head, PANELS, LANES, 1), axis=-1, bitorder="little")
     elif plane.code is T15:
-        pairs = rest.reshape(*head, PANELS, 1, 32, 1) >> np.array([0, 4], np.uint8)[:, None, None]
+        pairs = lines_o.reshape(*head, PANELS, 1, 32, 1) >> np.array([0, 4], np.uint8)[:, None, None]
         o = np.unpackbits(pairs.reshape(*head, PANELS, LANES, 1), axis=-1, count=4, bitorder="little")
     else:
         o = np.empty((*head, PANELS, LANES, 0), np.uint8)
@@ -135,15 +146,14 @@ def unpack(plane: Plane, shape: Layout) -> tuple[np.ndarray, np.ndarray]:
 
 def pack(e: np.ndarray, o: np.ndarray, plane: Plane, shape: Layout) -> None:
     """The inverse of `unpack`: write streams into `plane.bits`."""
-    head = plane.bits.shape[:3]
-    bytes_e = np.packbits(_by_block(e, shape, 8), axis=-1, bitorder="little")
-    plane.bits[..., :1024] = bytes_e.reshape(*head, -1)
+    lines_e, lines_o = _lines(plane)
+    lines_e[:] = np.packbits(_by_block(e, shape, 8), axis=-1, bitorder="little").reshape(lines_e.shape)
     if plane.code is T10:
         return
     bytes_o = np.packbits(_by_block(o, shape, plane.code.odd_stream), axis=-1, bitorder="little")
     if plane.code is T15:
         bytes_o = bytes_o[..., :32, :] | bytes_o[..., 32:, :] << 4
-    plane.bits[..., 1024:] = bytes_o.reshape(*head, -1)
+    lines_o[:] = bytes_o.reshape(lines_o.shape)
 
 
 def to_matrix(values: np.ndarray, shape: Layout) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import get_num_threads, njit, prange
 
+from quant import aligned
 from quant.activations import SPAN, empty_spans, encode_span, encode_spans
 from quant.kernels import DONE, NEXT, group_by_expert, wait
 from quant.rotation import rotate, rotate_row
@@ -85,7 +86,8 @@ class Buffers(NamedTuple):
     raw: np.ndarray  # fp32 [pairs, parts, rows]
     out: np.ndarray  # fp32 [pairs, parts, rows]
     row: np.ndarray  # fp32 [threads, 2, longest row]
-    sums: np.ndarray  # int32 [threads, TOKENS, ROWS]
+    sums: np.ndarray  # int32 [threads, tokens * ROWS], for at most TOKENS of them
+    offsets: np.ndarray  # int64 [threads, TOKENS]
     scratch: np.ndarray  # uint8 [threads, SCRATCH]
     counters: np.ndarray  # int64 [16]
 
@@ -108,8 +110,9 @@ def _buffers(experts: TrellisExperts, tokens: int, pairs: int, threads: int) -> 
         raw,
         out,
         np.empty((threads, 2, max(gate_up.columns, down.columns)), np.float32),
-        np.empty((threads, min(TOKENS, tokens), ROWS), np.int32),
-        np.empty((threads, SCRATCH), np.uint8),
+        aligned.empty((threads, min(TOKENS, tokens) * 4 * ROWS)).view(np.int32),
+        np.empty((threads, TOKENS), np.int64),
+        aligned.empty((threads, SCRATCH)),
         np.zeros(16, np.int64),
     )
 
@@ -244,18 +247,18 @@ def _part(data, matrix, pairs, active, slab, plane, span, x, places, out, buffer
     more = kept == 1 and plane + span > 0
     scales = matrix.planes[expert, plane, 1] + 2 * slab * rows
     bits = matrix.planes[expert, plane, 2] + slab * matrix.tiles * rows * halves * 4
-    sums = buffers.sums[thread]
-    for first in range(pairs.starts[active], pairs.starts[active + 1], sums.shape[0]):
-        count = min(sums.shape[0], pairs.starts[active + 1] - first)
-        add_span(
-            halves, data, bits, matrix.steps, matrix.chain, matrix.tiles, span,
-            x.values, places, first, count, sums, buffers.scratch[thread],
-        )  # fmt: skip
+    sums, scratch, values = buffers.sums[thread], buffers.scratch[thread], x.values.reshape(-1)
+    for first in range(pairs.starts[active], pairs.starts[active + 1], TOKENS):
+        count = min(TOKENS, pairs.starts[active + 1] - first)
+        offsets = buffers.offsets[thread, :count]
+        for token in range(count):
+            offsets[token] = places[first + token] * x.values.shape[1]
+        add_span(halves, data, bits, matrix.steps, matrix.chain, matrix.tiles, span, values, offsets, sums, scratch)
         for token in range(count):
             place = places[first + token]
             less, factor = zero_of(halves) * x.sums[place, span], x.scales[place, span]
             out_row = out[first + token, index]
-            deliver(sums[token], matrix.steps, data, scales, less, factor, out_row, slab * rows, more)
+            deliver(sums, token, matrix.steps, data, scales, less, factor, out_row, slab * rows, more)
 
 
 @kernel

@@ -20,6 +20,7 @@ from quant.simd import (
     load_i32x16,
     load_u8x64,
     mul_f32,
+    prefetch,
     splat_f32,
     splat_i32,
     store_f32x16,
@@ -32,30 +33,55 @@ from quant.trellis import COLUMNS, LONGEST, PANELS
 from quant.trellis_simd import levels_t10, levels_t15, levels_t20, load_nibbles
 
 ROWS = 16 * LONGEST  # of the largest slab
+ROW = 4 * ROWS  # bytes of one token's sums
 SCRATCH = 8 * PANELS * 64  # bytes of a decoded block
 TOKENS = 64  # whose sums are kept at once
 HALVES_T20, HALVES_T15 = T20.halves, T15.halves
 ZERO_T20, ZERO_T15, ZERO_T10 = T20.zero, T15.zero, T10.zero
-STREAM_O = 1024  # where stream o starts in a block
 SPAN_TILES = SPAN // COLUMNS
+AHEAD = 4096  # bytes: decoding is slow enough for a stream to need being asked for
+
+
+# Where eight steps of one panel begin, block `block` of the tile at byte `tile`, and where they go on: what follows a
+# block may be the next panel's. One function per code, for a choice inside the loops would cost half of the speed.
 
 
 @kernel
-def _levels(halves, data, tile, block, blocks, chain, panel):
-    """Levels of eight steps of one panel, `block` of the tile at byte `tile`; what follows may be the next panel's."""
-    size, mask = 512 * halves, chain - 1
-    next_block, turn = _following(block, 0, blocks)
-    here, there = tile + block * size, tile + next_block * size
-    after = (panel & ~mask) | ((panel + turn) & mask)
-    e, e1 = load_u8x64(data, here + 64 * panel), load_u8x64(data, there + 64 * after)
-    if halves == HALVES_T20:
-        o = load_u8x64(data, here + STREAM_O + 64 * panel)
-        return levels_t20(e, e1, o, load_u8x64(data, there + STREAM_O + 64 * after))
-    if halves == HALVES_T15:
-        return levels_t15(e, e1, load_nibbles(data, here + STREAM_O + 32 * panel, there + STREAM_O + 32 * after))
-    next_block, turn = _following(next_block, turn, blocks)
-    after = (panel & ~mask) | ((panel + turn) & mask)
-    return levels_t10(e, e1, load_u8x64(data, tile + next_block * size + 64 * after))
+def _levels_t20(data, tile, block, blocks, chain, panel):
+    after, turn = _following(block, 0, blocks)
+    here, there = tile + 2048 * block + 128 * panel, tile + 2048 * after + 128 * _turned(panel, turn, chain)
+    prefetch(data, here + AHEAD)
+    prefetch(data, here + AHEAD + 64)
+    e, e1 = load_u8x64(data, here), load_u8x64(data, there)
+    return levels_t20(e, e1, load_u8x64(data, here + 64), load_u8x64(data, there + 64))
+
+
+@kernel
+def _levels_t15(data, tile, block, blocks, chain, panel):
+    after, turn = _following(block, 0, blocks)
+    other = _turned(panel, turn, chain)
+    here, there = tile + 1536 * block + 192 * (panel >> 1), tile + 1536 * after + 192 * (other >> 1)
+    prefetch(data, here + AHEAD + 64 * (panel & 1))
+    prefetch(data, here + AHEAD + 128)
+    o = load_nibbles(data, here + 128 + 32 * (panel & 1), there + 128 + 32 * (other & 1))
+    return levels_t15(load_u8x64(data, here + 64 * (panel & 1)), load_u8x64(data, there + 64 * (other & 1)), o)
+
+
+@kernel
+def _levels_t10(data, tile, block, blocks, chain, panel):
+    after, turn = _following(block, 0, blocks)
+    further, turns = _following(after, turn, blocks)
+    here = tile + 1024 * block + 64 * panel
+    prefetch(data, here + AHEAD)
+    e = load_u8x64(data, here)
+    e1 = load_u8x64(data, tile + 1024 * after + 64 * _turned(panel, turn, chain))
+    return levels_t10(e, e1, load_u8x64(data, tile + 1024 * further + 64 * _turned(panel, turns, chain)))
+
+
+@kernel
+def _turned(panel, turn, chain):
+    """The panel `turn` further on in a cyclic chain."""
+    return (panel & -chain) | ((panel + turn) & (chain - 1))
 
 
 @kernel
@@ -95,27 +121,20 @@ def _store8(sums, at, s):
         store_i32x16(sums, at + 64 * i, s[i])
 
 
-@kernel
-def _add_one(halves, data, tile, blocks, chain, x, column, sums):
-    """sums int32 [16 * steps] += one tile times columns column.. of x int8."""
-    for block in range(blocks):
-        s = _load8(sums, 512 * block)
-        for panel in range(PANELS):
-            levels = _levels(halves, data, tile, block, blocks, chain, panel)
-            s = _dot8(s, levels, broadcast4(x, column + 4 * panel))
-        _store8(sums, 512 * block, s)
+def _one(levels):
+    @kernel
+    def add_one(data, tile, blocks, chain, values, x, sums):
+        """sums int32 [16 * steps] += one tile times the int8 values from byte x on."""
+        for block in range(blocks):
+            s = _load8(sums, 512 * block)
+            for panel in range(PANELS):
+                s = _dot8(s, levels(data, tile, block, blocks, chain, panel), broadcast4(values, x + 4 * panel))
+            _store8(sums, 512 * block, s)
+
+    return add_one
 
 
 # --- many tokens -----------------------------------------------------------------------------------------------------
-
-
-@kernel
-def _decode(halves, data, tile, block, blocks, chain, scratch):
-    """One block as bytes [8 steps, 16 panels, 64 lanes]."""
-    for panel in range(PANELS):
-        levels = _levels(halves, data, tile, block, blocks, chain, panel)
-        for step in range(8):
-            store_u8x64(scratch, 1024 * step + 64 * panel, levels[step])
 
 
 @kernel
@@ -124,42 +143,39 @@ def _dot_each(s, w, a, b, c, d):
 
 
 @kernel
-def _load4(a, b, c, d, at):
-    return load_i32x16(a, at), load_i32x16(b, at), load_i32x16(c, at), load_i32x16(d, at)
+def _load4(sums, at):
+    """The same sixteen rows of four tokens."""
+    a, b = load_i32x16(sums, at), load_i32x16(sums, at + ROW)
+    return a, b, load_i32x16(sums, at + 2 * ROW), load_i32x16(sums, at + 3 * ROW)
 
 
 @kernel
-def _store4(a, b, c, d, at, s):
-    store_i32x16(a, at, s[0])
-    store_i32x16(b, at, s[1])
-    store_i32x16(c, at, s[2])
-    store_i32x16(d, at, s[3])
+def _store4(sums, at, s):
+    for i in range(4):
+        store_i32x16(sums, at + ROW * i, s[i])
 
 
 @kernel
-def _four_by_four(scratch, step, values, places, first, column, sums, token, at):
-    """Four steps of a decoded block for tokens token..token + 3 of this pass."""
-    a, b, c, d = sums[token], sums[token + 1], sums[token + 2], sums[token + 3]
-    xa, xb = values[places[first]], values[places[first + 1]]
-    xc, xd = values[places[first + 2]], values[places[first + 3]]
-    p, q = _load4(a, b, c, d, at), _load4(a, b, c, d, at + 64)
-    r, s = _load4(a, b, c, d, at + 128), _load4(a, b, c, d, at + 192)
+def _four_by_four(scratch, line, values, xs, sums, at):
+    """Four steps of a decoded block for four tokens, whose x begin at bytes xs of values."""
+    p, q, r, s = _load4(sums, at), _load4(sums, at + 64), _load4(sums, at + 128), _load4(sums, at + 192)
     for panel in range(PANELS):
-        line, k = 1024 * step + 64 * panel, column + 4 * panel
-        i, j, m, n = broadcast4(xa, k), broadcast4(xb, k), broadcast4(xc, k), broadcast4(xd, k)
-        p = _dot_each(p, load_u8x64(scratch, line), i, j, m, n)
-        q = _dot_each(q, load_u8x64(scratch, line + 1024), i, j, m, n)
-        r = _dot_each(r, load_u8x64(scratch, line + 2048), i, j, m, n)
-        s = _dot_each(s, load_u8x64(scratch, line + 3072), i, j, m, n)
-    _store4(a, b, c, d, at, p)
-    _store4(a, b, c, d, at + 64, q)
-    _store4(a, b, c, d, at + 128, r)
-    _store4(a, b, c, d, at + 192, s)
+        w, k = line + 64 * panel, 4 * panel
+        i, j = broadcast4(values, xs[0] + k), broadcast4(values, xs[1] + k)
+        m, n = broadcast4(values, xs[2] + k), broadcast4(values, xs[3] + k)
+        p = _dot_each(p, load_u8x64(scratch, w), i, j, m, n)
+        q = _dot_each(q, load_u8x64(scratch, w + 1024), i, j, m, n)
+        r = _dot_each(r, load_u8x64(scratch, w + 2048), i, j, m, n)
+        s = _dot_each(s, load_u8x64(scratch, w + 3072), i, j, m, n)
+    _store4(sums, at, p)
+    _store4(sums, at + 64, q)
+    _store4(sums, at + 128, r)
+    _store4(sums, at + 192, s)
 
 
 @kernel
-def _eight_by_one(scratch, x, column, sums, at):
-    """All steps of a decoded block for one token."""
+def _eight_by_one(scratch, values, x, sums, at):
+    """All steps of a decoded block for one token, whose x begins at byte x of values."""
     s = _load8(sums, at)
     for panel in range(PANELS):
         line = 64 * panel
@@ -167,41 +183,72 @@ def _eight_by_one(scratch, x, column, sums, at):
         w2, w3 = load_u8x64(scratch, line + 2048), load_u8x64(scratch, line + 3072)
         w4, w5 = load_u8x64(scratch, line + 4096), load_u8x64(scratch, line + 5120)
         w6, w7 = load_u8x64(scratch, line + 6144), load_u8x64(scratch, line + 7168)
-        s = _dot8(s, (w0, w1, w2, w3, w4, w5, w6, w7), broadcast4(x, column + 4 * panel))
+        s = _dot8(s, (w0, w1, w2, w3, w4, w5, w6, w7), broadcast4(values, x + 4 * panel))
     _store8(sums, at, s)
 
 
-@kernel
-def _add_many(halves, data, tile, blocks, chain, values, places, first, count, column, sums, scratch):
-    """The same as `_add_one` for tokens places[first..first + count], into sums[0..count]."""
-    quads = count // 4 * 4
-    for block in range(blocks):
-        _decode(halves, data, tile, block, blocks, chain, scratch)
-        for token in range(0, quads, 4):
-            _four_by_four(scratch, 0, values, places, first + token, column, sums, token, 512 * block)
-            _four_by_four(scratch, 4, values, places, first + token, column, sums, token, 512 * block + 256)
-        for token in range(quads, count):
-            _eight_by_one(scratch, values[places[first + token]], column, sums[token], 512 * block)
+def _many(levels):
+    @kernel
+    def add_many(data, tile, blocks, chain, values, offsets, column, sums, scratch):
+        """The same for as many tokens as there are offsets, of the first byte of each in the flat `values`."""
+        quads = offsets.size // 4 * 4
+        for block in range(blocks):
+            for panel in range(PANELS):
+                found = levels(data, tile, block, blocks, chain, panel)
+                for step in range(8):
+                    store_u8x64(scratch, 1024 * step + 64 * panel, found[step])
+            for i in range(0, quads, 4):
+                a, b, at = column + offsets[i], column + offsets[i + 1], ROW * i + 512 * block
+                xs = a, b, column + offsets[i + 2], column + offsets[i + 3]
+                _four_by_four(scratch, 0, values, xs, sums, at)
+                _four_by_four(scratch, 4096, values, xs, sums, at + 256)
+            for i in range(quads, offsets.size):
+                _eight_by_one(scratch, values, column + offsets[i], sums, ROW * i + 512 * block)
+
+    return add_many
+
+
+_one_t20, _one_t15, _one_t10 = _one(_levels_t20), _one(_levels_t15), _one(_levels_t10)
+_many_t20, _many_t15, _many_t10 = _many(_levels_t20), _many(_levels_t15), _many(_levels_t10)
 
 
 # --- a span ----------------------------------------------------------------------------------------------------------
 
 
 @kernel
-def add_span(halves, data, bits, steps, chain, tiles, span, values, places, first, count, sums, scratch):
-    """sums int32 [count, 16 * steps] = one span of columns of the slab at byte `bits`, for `count` <= TOKENS tokens.
+def add_span(halves, data, bits, steps, chain, tiles, span, values, offsets, sums, scratch):
+    """sums int32 [tokens, ROWS], flat, = one span of columns of the slab at byte `bits`, for up to TOKENS tokens.
 
-    values int8 [rows, columns padded]; token i is row places[first + i].
+    values int8, flat; offsets int64, where each token's row of it begins.
     """
-    blocks = steps // 8
-    for token in range(count):
-        sums[token, : 16 * steps] = 0
+    for token in range(offsets.size):
+        sums[ROWS * token : ROWS * token + 16 * steps] = 0
     for tile in range(SPAN_TILES * span, min(SPAN_TILES * (span + 1), tiles)):
-        at = bits + tile * blocks * 512 * halves
-        if count == 1:
-            _add_one(halves, data, at, blocks, chain, values[places[first]], COLUMNS * tile, sums[0])
+        at, column = bits + tile * steps * 64 * halves, COLUMNS * tile
+        if offsets.size > 1:
+            _tile_many(halves, data, at, steps // 8, chain, values, offsets, column, sums, scratch)
         else:
-            _add_many(halves, data, at, blocks, chain, values, places, first, count, COLUMNS * tile, sums, scratch)
+            _tile_one(halves, data, at, steps // 8, chain, values, column + offsets[0], sums)
+
+
+@kernel
+def _tile_one(halves, data, tile, blocks, chain, values, x, sums):
+    if halves == HALVES_T20:
+        _one_t20(data, tile, blocks, chain, values, x, sums)
+    elif halves == HALVES_T15:
+        _one_t15(data, tile, blocks, chain, values, x, sums)
+    else:
+        _one_t10(data, tile, blocks, chain, values, x, sums)
+
+
+@kernel
+def _tile_many(halves, data, tile, blocks, chain, values, offsets, column, sums, scratch):
+    if halves == HALVES_T20:
+        _many_t20(data, tile, blocks, chain, values, offsets, column, sums, scratch)
+    elif halves == HALVES_T15:
+        _many_t15(data, tile, blocks, chain, values, offsets, column, sums, scratch)
+    else:
+        _many_t10(data, tile, blocks, chain, values, offsets, column, sums, scratch)
 
 
 @kernel
@@ -212,10 +259,10 @@ def zero_of(halves):
 
 
 @kernel
-def deliver(sums, steps, data, scales, less, factor, out, at, more):
+def deliver(sums, token, steps, data, scales, less, factor, out, at, more):
     """out fp32, from element `at`, = or += (sums - less) * (row scale * factor); the bf16 scales are in `data`."""
     for group in range(steps):
-        exact = to_f32(sub_i32(load_i32x16(sums, 64 * group), splat_i32(np.int32(less))))
+        exact = to_f32(sub_i32(load_i32x16(sums, ROW * token + 64 * group), splat_i32(np.int32(less))))
         scale = mul_f32(bf16_to_f32(load_i16x16(data, scales + 32 * group)), splat_f32(factor))
         product, place = mul_f32(exact, scale), 4 * at + 64 * group
         if more:
