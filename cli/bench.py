@@ -14,11 +14,6 @@ bench_app = typer.Typer(
 )
 
 
-@bench_app.callback()
-def _group() -> None:
-    """Keeps `kernels` a sub-command while it is the only one."""
-
-
 FORCED = {  # compile for an older CPU: LLVM's name and features for Numba
     "avx2": ("haswell", "+avx2,+fma,+bmi,+bmi2,+popcnt,+f16c"),
     "avxvnni": ("alderlake", "+avx2,+avxvnni,+fma,+bmi,+bmi2,+popcnt,+f16c"),
@@ -40,7 +35,7 @@ def kernels(
 
     Examples: kimi-local bench kernels · kimi-local bench kernels --json --isa avx2 --threads 2
     """
-    _force(isa)
+    force(isa)
     from hybrid.device import default_threads
     from quant.bench import FORMATS, measure
     from quant.cpu import CPU_NAME, ISA
@@ -68,7 +63,53 @@ def kernels(
     typer.echo(json.dumps({**head, "rows": rows}))
 
 
-def _force(isa: str) -> None:
+@bench_app.command()
+def formats(
+    weights: Annotated[str, typer.Option(help="Weights of each kind to encode, e.g. 64M.")] = "15M",
+    threads: Annotated[int | None, typer.Option(help="Matrices encoded at once; default all cores.")] = None,
+    isa: Annotated[str, typer.Option(help="Force a kernel family: avx2, avxvnni or generic.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the JSON line.")] = False,
+) -> None:
+    """What every format loses, and how fast it is written.
+
+    Errors are squared, relative to the weights' own, so that 1 is nothing kept; `bits` count every scale.
+    """
+    force(isa)
+    millions = _millions(weights)
+    from hybrid.device import default_threads
+    from quant.bench_formats import PEERS, measure_formats
+
+    out = make_console(sys.stdout)
+    if not as_json:
+        out.print("No format can do better than 2^(-2 bits) on Gaussian weights: 0.0625 at 2 bits.")
+        out.print("format                          bits    Gaussian  INT4-rounded  heavy tails  M weights/s/core")
+    rows = []
+    for row in measure_formats(millions, threads or default_threads(), lambda text: typer.echo(text, err=True)):
+        rows.append(row)
+        if not as_json:
+            out.print(
+                f"{row['format']:30} {row['bpw']:6.4f} {row['mse_gauss']:10.5f} {row['mse_int4']:13.5f} "
+                f"{row['mse_heavy']:12.5f} {row['encode_mw_s_core']:17.2f}"
+            )
+    if not as_json:
+        out.print("for comparison, measured with their own quantizers:")
+        for name, (bits, gauss, int4) in PEERS.items():
+            out.print(f"{name:30} {bits:6.4f} {gauss:10.5f} {int4:13.5f}")
+    typer.echo(json.dumps({"rows": rows}))
+
+
+def _millions(text: str) -> float:
+    units = {"k": 1e-3, "m": 1.0, "g": 1e3}
+    try:
+        value = float(text[:-1]) * units[text[-1:].lower()] if text[-1:].isalpha() else float(text) / 1e6
+    except (ValueError, KeyError):
+        value = 0.0
+    if value <= 0:
+        raise typer.BadParameter(f"{text!r} is not a number of weights, e.g. 64M.", param_hint="--weights")
+    return value
+
+
+def force(isa: str) -> None:
     """Numba reads these when it is first imported, which is after this."""
     if not isa:
         return

@@ -10,73 +10,101 @@ import numba
 import numpy as np
 
 from quant import LADDER, aligned, int4_g32, kernels, trellis, trellis_moe
-from quant.bandwidth import read_seconds
+from quant.bandwidth import PIECE, read_seconds
 from quant.rotation import rotate, signs
 from quant.scales import to_bits
 
-HIDDEN, INTERMEDIATE, ACTIVE = 7168, 2048, 8  # Kimi K2.5: one expert is gate and up [2048, 7168] and down [7168, 2048]
-WEIGHTS = 3 * HIDDEN * INTERMEDIATE
+ACTIVE = 8  # experts a token chooses
 FORMATS = ("int4_g32", *reversed(LADDER))
 Step = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # x, ids, weights -> y
+
+
+class Shape(NamedTuple):
+    """Of one expert: gate and up are [intermediate, hidden], down is [hidden, intermediate]; multiples of 64."""
+
+    hidden: int
+    intermediate: int
+
+    @property
+    def weights(self) -> int:
+        return 3 * self.hidden * self.intermediate
+
+    @property
+    def gate_up(self) -> tuple[int, int]:
+        """Rows and columns of gate and up as one matrix."""
+        return 2 * self.intermediate, self.hidden
+
+    @property
+    def down(self) -> tuple[int, int]:
+        return self.hidden, self.intermediate
+
+
+K25 = Shape(7168, 2048)  # Kimi K2.5
 
 
 class Layer(NamedTuple):
     """Experts of one format, repeated random bytes on pages of their own."""
 
     format: str
-    count: int
+    shape: Shape
+    experts: int
     expert_bytes: int
-    memory: np.ndarray  # uint8, flat: some of what a step reads
+    memory: np.ndarray  # uint8, flat: some of what a step reads, in whole mebibytes
     step: Step
-    first: tuple[np.ndarray, np.ndarray]  # the meaning of the first expert's gate_up and down, fp32
+    first: tuple[np.ndarray, np.ndarray]  # the meaning of every expert's gate_up and down, fp32
     signs: tuple[np.ndarray, np.ndarray]  # of the rotations of their inputs; ones where there is none
 
     @property
     def bits(self) -> float:
-        return 8 * self.expert_bytes / WEIGHTS
+        return 8 * self.expert_bytes / self.shape.weights
 
 
-def random_layer(name: str, gigabytes: float, rng: np.random.Generator) -> Layer:
-    """At least `gigabytes` of distinct experts at K2.5's shape."""
-    return _int4_layer(gigabytes, rng) if name == "int4_g32" else _trellis_layer(name, gigabytes, rng)
+def random_layer(name: str, gigabytes: float, rng: np.random.Generator, shape: Shape = K25) -> Layer:
+    """At least `gigabytes` of experts and two steps' worth, in format `name`."""
+    return _int4_layer(gigabytes, rng, shape) if name == "int4_g32" else _trellis_layer(name, gigabytes, rng, shape)
 
 
-def _enough(gigabytes: float, expert_bytes: int) -> int:
+def enough(gigabytes: float, expert_bytes: int) -> int:
+    """How many experts fill that much memory, at least two steps' worth."""
     return max(2 * ACTIVE, -(-int(gigabytes * 1e9) // expert_bytes))
 
 
-def _int4_layer(gigabytes: float, rng: np.random.Generator) -> Layer:
-    expert_bytes = WEIGHTS * 9 // 16
-    count = _enough(gigabytes, expert_bytes)
-    experts = kernels.Experts(
-        int4_g32.empty(count, 2 * INTERMEDIATE, HIDDEN), int4_g32.empty(count, HIDDEN, INTERMEDIATE)
-    )
+def _whole(memory: np.ndarray) -> np.ndarray:
+    """What `read_seconds` reads of it, flat."""
+    return memory.reshape(-1)[: memory.size // PIECE * PIECE]
+
+
+def _int4_layer(gigabytes: float, rng: np.random.Generator, shape: Shape) -> Layer:
+    expert_bytes = shape.weights * 9 // 16
+    count = enough(gigabytes, expert_bytes)
+    experts = kernels.Experts(int4_g32.empty(count, *shape.gate_up), int4_g32.empty(count, *shape.down))
     for stack in experts:
         first = stack.blocks[0]
         first[:] = rng.integers(0, 256, first.shape, np.uint8)
         scales = rng.random((*first.shape[:-1], 32)).astype(np.float32) * np.float32(0.02) + np.float32(0.01)
         first[..., 512:] = to_bits(scales).view(np.uint8)
         stack.blocks[1:] = first
-    gate_up = int4_g32.decode(experts.gate_up.blocks[0], HIDDEN)
-    down = int4_g32.decode(experts.down.blocks[0], INTERMEDIATE)
-    step, memory = partial(kernels.moe, experts), experts.gate_up.blocks.reshape(-1)
-    return Layer(
-        "int4_g32", count, expert_bytes, memory, step, (gate_up, down), (np.ones(HIDDEN), np.ones(INTERMEDIATE))
+    meanings = (
+        int4_g32.decode(experts.gate_up.blocks[0], shape.hidden),
+        int4_g32.decode(experts.down.blocks[0], shape.intermediate),
     )
+    memory, ones = _whole(experts.gate_up.blocks), (np.ones(shape.hidden), np.ones(shape.intermediate))
+    return Layer("int4_g32", shape, count, expert_bytes, memory, partial(kernels.moe, experts), meanings, ones)
 
 
-def _trellis_layer(name: str, gigabytes: float, rng: np.random.Generator) -> Layer:
-    shapes = (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)
-    blobs = [_random_matrix(name, *shape, rng) for shape in shapes]
+def _trellis_layer(name: str, gigabytes: float, rng: np.random.Generator, shape: Shape) -> Layer:
+    sides = shape.gate_up, shape.down
+    blobs = [_random_matrix(name, *side, rng) for side in sides]
     expert_bytes = sum(len(blob) for blob in blobs)
-    count = _enough(gigabytes, expert_bytes)
+    count = enough(gigabytes, expert_bytes)
     data = aligned.empty((count, expert_bytes))
     data[:] = np.concatenate(blobs)
-    turns = signs(0, 1, "gate_up", HIDDEN), signs(0, 1, "down", INTERMEDIATE)
+    turns = signs(0, 1, "gate_up", shape.hidden), signs(0, 1, "down", shape.intermediate)
     offsets = expert_bytes * np.arange(count)
     experts = trellis_moe.experts(data.reshape(-1), offsets, [(name, name)] * count, turns)
-    gate_up, down = (trellis.decode(name, blob, *shape) for blob, shape in zip(blobs, shapes, strict=True))
-    return Layer(name, count, expert_bytes, data.reshape(-1), partial(trellis_moe.moe, experts), (gate_up, down), turns)
+    gate_up, down = (trellis.decode(name, blob, *side) for blob, side in zip(blobs, sides, strict=True))
+    step = partial(trellis_moe.moe, experts)
+    return Layer(name, shape, count, expert_bytes, _whole(data), step, (gate_up, down), turns)
 
 
 def _random_matrix(name: str, rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
@@ -86,16 +114,25 @@ def _random_matrix(name: str, rows: int, columns: int, rng: np.random.Generator)
     return blob
 
 
-def relative_error(layer: Layer, rng: np.random.Generator) -> float:
-    """Of one token through one expert: int8 activations against the same decoded weights in fp32."""
-    x = rng.standard_normal((1, HIDDEN)).astype(np.float32)
-    found = layer.step(x, np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32))
-    turned = x if layer.format == "int4_g32" else rotate(x, layer.signs[0])
-    products = (turned @ layer.first[0].T).reshape(-1, 2, 16)
-    gate, up = products[:, 0].reshape(1, -1), products[:, 1].reshape(1, -1)
-    inner = gate / (1 + np.exp(-gate)) * up
-    exact = (inner if layer.format == "int4_g32" else rotate(inner, layer.signs[1])) @ layer.first[1].T
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+def exact(layer: Layer, x: np.ndarray) -> np.ndarray:
+    """What every expert of the layer computes, in fp32 NumPy: x [tokens, hidden] -> [tokens, hidden]."""
+    products = (_turned(layer, x, 0) @ layer.first[0].T).reshape(len(x), -1, 2, 16)
+    gate, up = (products[:, :, part].reshape(len(x), -1) for part in (0, 1))
+    return _turned(layer, gate / (1 + np.exp(-gate)) * up, 1) @ layer.first[1].T
+
+
+def _turned(layer: Layer, x: np.ndarray, matrix: int) -> np.ndarray:
+    """The input of gate_up (0) or down (1) in the basis of its weights."""
+    return x if layer.format == "int4_g32" else rotate(x, layer.signs[matrix])
+
+
+def relative_error(layer: Layer, rng: np.random.Generator, tokens: int = 1) -> float:
+    """Of tokens that choose experts each for itself: int8 activations against the same decoded weights in fp32."""
+    x = rng.standard_normal((tokens, layer.shape.hidden)).astype(np.float32)
+    ids = np.stack([rng.choice(layer.experts, ACTIVE, replace=False) for _ in x])
+    weights = rng.random(ids.shape, np.float32)
+    expected = weights.sum(axis=1, keepdims=True) * exact(layer, x)
+    return float(np.linalg.norm(layer.step(x, ids, weights) - expected) / np.linalg.norm(expected))
 
 
 class Pass:
@@ -104,9 +141,9 @@ class Pass:
     def __init__(self, layer: Layer, batch: int, rng: np.random.Generator) -> None:
         self.step = layer.step
         self.rng = rng
-        self.x = rng.standard_normal((batch, HIDDEN)).astype(np.float32)
+        self.x = rng.standard_normal((batch, layer.shape.hidden)).astype(np.float32)
         self.weights = np.full((batch, ACTIVE), 1 / ACTIVE, np.float32)
-        self.launches = layer.count // ACTIVE
+        self.launches = layer.experts // ACTIVE
         self.bytes = self.launches * ACTIVE * layer.expert_bytes
 
     def seconds(self, threads: int) -> float:
@@ -130,6 +167,7 @@ def measure(
     batches: list[int],
     passes: int,
     report: Callable[[str], None],
+    shape: Shape = K25,
 ) -> Iterator[dict[str, Any]]:
     """Yield first {"ceiling_gbps": ..}, then one row per format, batch and threads.
 
@@ -139,7 +177,7 @@ def measure(
     rng = np.random.default_rng(0)
     for index, name in enumerate(formats):
         report(f"preparing {gigabytes:g} GB of {name}")
-        layer = random_layer(name, gigabytes, rng)
+        layer = random_layer(name, gigabytes, rng, shape)
         if index == 0:
             found = ceilings(layer.memory, threads, passes)
             yield {"ceiling_gbps": {str(n): round(gbps, 2) for n, gbps in found.items()}}
@@ -159,8 +197,8 @@ def _row(layer: Layer, threads: int, batch: int, passes: int, error: float, rng:
     return {
         "format": layer.format,
         "bpw": round(layer.bits, 4),
-        "rows": INTERMEDIATE,
-        "cols": HIDDEN,
+        "rows": layer.shape.intermediate,
+        "cols": layer.shape.hidden,
         "threads": threads,
         "batch": batch,
         "gbps": round(speed / 1e9, 2),

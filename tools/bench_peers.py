@@ -1,19 +1,22 @@
-"""Our expert kernels beside llama.cpp's, in one run: `python tools/bench_peers.py [--types q4_K,q4_0]`.
+"""Our expert kernels beside llama.cpp's, in one run: `python tools/bench_peers.py [--pairs trellis2:iq2_xxs]`.
 
-Both compute the routed experts of one layer at decode: gate, up, SwiGLU, down and the weighted sum, eight experts a
-step, in random order over at least 4 GB of distinct experts, from Python with an array in and an array out. Passes of
-plain reading, of ours and of theirs alternate; a share of the ceiling and a ratio are medians over neighbouring passes,
-so that a machine that slows down slows all three. llama.cpp runs each type twice where it can: as stored, and repacked
-for the CPU, which is its default. Its memory gets the huge pages ours has. With --batch N, N tokens choose the same
-eight experts: GB/s count an expert's bytes once, weights per second count each token's products.
+A pair is a format of ours and a type of llama.cpp's. Both compute the routed experts of one layer at decode: gate, up,
+SwiGLU, down and the weighted sum, eight experts a step, in random order over at least 4 GB of experts each in memory of
+its own, from Python with an array in and an array out. Passes of plain reading, of ours and of theirs alternate; a
+share of the ceiling and a ratio are medians over neighbouring passes, so that a machine that slows down slows all
+three. llama.cpp runs each type twice where it can: as stored, and repacked for the CPU, which is its default. Its
+memory gets the huge pages ours has. With --batch N, N tokens choose the same eight experts: GB/s count an expert's
+bytes once, weights per second count each token's products.
 
 Before any timing each side is compared with its own dequantised weights in fp32. The last line is one JSON object.
+
+--isa avx2 compiles our kernels for processors without AVX-512. llama.cpp's libraries stay as they were built, usually
+for this machine with all it has.
 """
 
 import argparse
 import itertools
 import json
-import math
 import os
 import platform
 import sys
@@ -29,78 +32,42 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 from numba import config, set_num_threads
-from peers_ggml import PATTERN, VERSIONS, Ggml, GgmlExperts, Layout, Projections, Shape, version_rows
+from peers_ggml import PATTERN, VERSIONS, Ggml, GgmlExperts, Layout, Projections, version_rows
 
+from cli.bench import FORCED, force
 from hybrid.errors import DoesNotFit, KimiError, UsageError
-from quant import int4_g32
-from quant.bandwidth import PIECE, read_seconds
+from quant.bandwidth import read_seconds
+from quant.bench import ACTIVE, FORMATS, Layer, Shape, Step, enough, random_layer, relative_error
 from quant.cpu import CPU_NAME, ISA
-from quant.kernels import Experts, interleave, moe
 
-TOP_K = 8
+PAIRS = "trellis2:iq2_xxs,trellis1_5:iq1_s,trellis1:iq1_s,int4_g32:q4_K"
 TOLERANCE = 0.05
 READ_BYTES = 1 << 30  # of our experts, in a pass that measures the ceiling
-Step = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # x, ids, weights -> y
 
 
 class Program(NamedTuple):
-    """Something that computes the layer, and what it stores to do so."""
+    """Something that computes the layer."""
 
     name: str
     format: str
+    bits: float  # per weight, of what it stores
     experts: int
-    bytes_per_expert: int
-    rows: Projections  # the meaning of its PATTERN rows
     step: Step
+    error: Callable[[np.random.Generator, int], float]  # of so many tokens, against its own weights in fp32
     set_threads: Callable[[int], None]
-
-    def bits(self, shape: Shape) -> float:
-        return 8 * self.bytes_per_expert / shape.weights
-
-
-# --- weights -------------------------------------------------------------------------------------------------------
-
-
-def random_rows(shape: Shape, rng: np.random.Generator) -> Projections:
-    """PATTERN Gaussian rows for each matrix, fp32, scaled like a trained model's."""
-    widths = shape.hidden, shape.hidden, shape.intermediate
-    return Projections(*(rng.standard_normal((PATTERN, width), np.float32) * np.float32(0.02) for width in widths))
-
-
-def quantize_int4(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """fp32 [rows, columns] -> the released format (packed uint8, scales as bf16 bits) and its meaning in fp32."""
-    rows, columns = matrix.shape
-    groups = matrix.reshape(rows, columns // 32, 32)
-    bits = ((np.abs(groups).max(axis=2) / 7).view(np.uint32) >> 16).astype(np.uint16)
-    scales = (bits.astype(np.uint32) << 16).view(np.float32)[:, :, None]
-    codes = np.clip(np.rint(groups / scales), -8, 7)
-    stored = (codes + 8).astype(np.uint8).reshape(rows, columns)
-    return stored[:, 0::2] | stored[:, 1::2] << 4, bits, (codes * scales).reshape(rows, columns)
-
-
-def our_experts(rows: Projections, shape: Shape, count: int) -> tuple[Experts, Projections]:
-    """`count` experts in our layout, each in memory of its own, and the meaning of the PATTERN rows."""
-    experts = Experts(
-        int4_g32.empty(count, 2 * shape.intermediate, shape.hidden),
-        int4_g32.empty(count, shape.hidden, shape.intermediate),
-    )
-    packed, scales, decoded = (Projections(*part) for part in zip(*map(quantize_int4, rows), strict=True))
-    for expert in range(min(VERSIONS, count)):
-        inner, outer = version_rows(expert, shape.intermediate), version_rows(expert, shape.hidden)
-        both = [interleave(part.gate[inner], part.up[inner]) for part in (packed, scales)]
-        int4_g32.pack(both[0], both[1], experts.gate_up.blocks[expert])
-        int4_g32.pack(packed.down[outer], scales.down[outer], experts.down.blocks[expert])
-    for expert in range(VERSIONS, count):
-        experts.gate_up.blocks[expert] = experts.gate_up.blocks[expert % VERSIONS]
-        experts.down.blocks[expert] = experts.down.blocks[expert % VERSIONS]
-    return experts, decoded
 
 
 # --- correctness ---------------------------------------------------------------------------------------------------
 
 
+def random_rows(shape: Shape, rng: np.random.Generator) -> Projections:
+    """PATTERN Gaussian rows for each matrix of theirs, fp32, scaled like a trained model's."""
+    widths = shape.hidden, shape.hidden, shape.intermediate
+    return Projections(*(rng.standard_normal((PATTERN, width), np.float32) * np.float32(0.02) for width in widths))
+
+
 def expected(rows: Projections, shape: Shape, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The layer in fp32 NumPy, from the meaning of the PATTERN rows."""
+    """Their layer in fp32 NumPy, from the meaning of the PATTERN rows."""
     y = np.zeros_like(x)
     for token, chosen in enumerate(ids):
         gate, up = rows.gate @ x[token], rows.up @ x[token]
@@ -111,13 +78,13 @@ def expected(rows: Projections, shape: Shape, x: np.ndarray, ids: np.ndarray, we
     return y
 
 
-def relative_error(program: Program, shape: Shape, tokens: int, rng: np.random.Generator) -> float:
+def their_error(experts: GgmlExperts, rows: Projections, rng: np.random.Generator, tokens: int) -> float:
     """|y - expected| / |expected| for tokens that choose experts each for itself."""
-    x = rng.standard_normal((tokens, shape.hidden), np.float32)
-    ids = np.stack([rng.choice(program.experts, TOP_K, replace=False) for _ in x]).astype(np.int32)
+    x = rng.standard_normal((tokens, experts.shape.hidden), np.float32)
+    ids = np.stack([rng.choice(experts.count, ACTIVE, replace=False) for _ in x])
     weights = rng.random(ids.shape, np.float32)
-    target = expected(program.rows, shape, x, ids, weights)
-    return float(np.linalg.norm(program.step(x, ids, weights) - target) / np.linalg.norm(target))
+    target = expected(rows, experts.shape, x, ids, weights)
+    return float(np.linalg.norm(experts.step(x, ids, weights) - target) / np.linalg.norm(target))
 
 
 def check(program: Program, options: argparse.Namespace) -> None:
@@ -126,7 +93,7 @@ def check(program: Program, options: argparse.Namespace) -> None:
     errors = []
     for threads, tokens in itertools.product(options.threads, sorted({1, 3, *options.batch})):
         program.set_threads(threads)
-        errors.append(relative_error(program, options.shape, tokens, rng))
+        errors.append(program.error(rng, tokens))
     name = f"{program.name} {program.format}"
     print(f"{name}: relative error {max(errors):.2%} against its dequantised weights in fp32", flush=True)
     if not max(errors) < TOLERANCE:
@@ -137,10 +104,10 @@ def check(program: Program, options: argparse.Namespace) -> None:
 
 
 def random_order(count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Endless steps of TOP_K expert ids: every expert once, in random order, before any comes again."""
+    """Endless steps of ACTIVE expert ids: every expert once, in random order, before any comes again."""
     while True:
-        order = rng.permutation(count).astype(np.int32)
-        yield from order[: count // TOP_K * TOP_K].reshape(-1, TOP_K)
+        order = rng.permutation(count)
+        yield from order[: count // ACTIVE * ACTIVE].reshape(-1, ACTIVE)
 
 
 def visits_per_second(visit: Callable[[np.ndarray], object], order: Iterator[np.ndarray], seconds: float) -> float:
@@ -162,16 +129,22 @@ def alternate(passes: Sequence[Callable[[], float]], repetitions: int) -> list[l
     return [list(results) for results in zip(*rounds, strict=True)]
 
 
+class Side(NamedTuple):
+    """One program in a duel."""
+
+    format: str
+    bpw: float
+    visits: list[float]  # experts/s, pass by pass
+
+
 class Duel(NamedTuple):
     """One setting, ours against one of theirs: passes of each, taken in turn."""
 
-    against: str  # their format
-    bpw: float  # of theirs
     threads: int
     batch: int
     ceiling: list[float]  # GB/s
-    ours: list[float]  # experts/s
-    theirs: list[float]  # experts/s
+    ours: Side
+    theirs: Side
 
 
 def duel(ours: Program, theirs: Program, buffer: np.ndarray, options: argparse.Namespace) -> Iterator[Duel]:
@@ -179,14 +152,16 @@ def duel(ours: Program, theirs: Program, buffer: np.ndarray, options: argparse.N
     rng = np.random.default_rng(options.seed)
     for batch, threads in itertools.product(options.batch, options.threads):
         x = rng.standard_normal((batch, options.shape.hidden), np.float32)
-        weights = rng.random((batch, TOP_K), np.float32)
+        weights = rng.random((batch, ACTIVE), np.float32)
         passes = [partial(read_gbps, buffer, threads)]
         for program in (ours, theirs):
             program.set_threads(threads)
             visit = partial(visit_all, program.step, x, weights)
             order = random_order(program.experts, rng)
             passes.append(partial(visits_per_second, visit, order, options.seconds))
-        yield Duel(theirs.format, theirs.bits(options.shape), threads, batch, *alternate(passes, options.repetitions))
+        ceiling, *visits = alternate(passes, options.repetitions)
+        sides = (Side(p.format, round(p.bits, 4), each) for p, each in zip((ours, theirs), visits, strict=True))
+        yield Duel(threads, batch, ceiling, *sides)
 
 
 def read_gbps(buffer: np.ndarray, threads: int) -> float:
@@ -201,31 +176,35 @@ def visit_all(step: Step, x: np.ndarray, weights: np.ndarray, ids: np.ndarray) -
 # --- the result ----------------------------------------------------------------------------------------------------
 
 
-def summary(duels: Sequence[Duel], ours: tuple[str, float], weights: int) -> dict[str, Any]:
-    """The JSON object. `ours` is (format, bits per weight), `weights` those of one expert; medians throughout."""
+def summary(duels: Sequence[Duel], weights: int) -> dict[str, Any]:
+    """The JSON object; medians throughout. `weights` are those of one expert."""
     ceiling = {
         str(threads): rounded(median(gbps for d in duels if d.threads == threads for gbps in d.ceiling))
         for threads in sorted({d.threads for d in duels})
     }
-    rows = []
-    for batch, threads in sorted({(d.batch, d.threads) for d in duels}):
-        here = [d for d in duels if (d.batch, d.threads) == (batch, threads)]
-        passes = [pair for d in here for pair in zip(d.ceiling, d.ours, strict=True)]
-        entries = [("kimi-local", *ours, passes)]
-        entries += [("llama.cpp", d.against, d.bpw, list(zip(d.ceiling, d.theirs, strict=True))) for d in here]
-        for program, name, bpw, pairs in entries:
-            at = {"program": program, "format": name, "bpw": bpw, "threads": threads, "batch": batch}
-            rows.append(at | speed(pairs, bpw, weights, batch))
     ratios = [
         {
-            "against": d.against,
+            "ours": d.ours.format,
+            "against": d.theirs.format,
             "threads": d.threads,
             "batch": d.batch,
             "gweights_s_ratio": rounded(median(ratios_of(d))),
         }
         for d in duels
     ]
-    return {"ceiling_gbps": ceiling, "rows": rows, "ratios": ratios}
+    return {"ceiling_gbps": ceiling, "rows": rows_of(duels, weights), "ratios": ratios}
+
+
+def rows_of(duels: Sequence[Duel], weights: int) -> list[dict[str, Any]]:
+    """One for each program, format and setting, from all its passes, whomever they were against."""
+    found: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    for d in sorted(duels, key=lambda d: (d.batch, d.threads)):
+        for program, side in (("kimi-local", d.ours), ("llama.cpp", d.theirs)):
+            passes = found.setdefault((program, side.format, side.bpw, d.threads, d.batch), [])
+            passes.extend(zip(d.ceiling, side.visits, strict=True))
+    names = "program", "format", "bpw", "threads", "batch"
+    rows = [(dict(zip(names, key, strict=True)), passes) for key, passes in found.items()]
+    return [row | speed(passes, row["bpw"], weights, row["batch"]) for row, passes in rows]
 
 
 def speed(passes: Sequence[tuple[float, float]], bpw: float, weights: int, batch: int) -> dict[str, float]:
@@ -245,7 +224,7 @@ def rounded(value: float) -> float:
 
 def ratios_of(d: Duel) -> list[float]:
     """Ours / theirs in weights per second, repetition by repetition."""
-    return [ours / theirs for ours, theirs in zip(d.ours, d.theirs, strict=True)]
+    return [ours / theirs for ours, theirs in zip(d.ours.visits, d.theirs.visits, strict=True)]
 
 
 def print_summary(result: dict[str, Any], duels: Sequence[Duel], weights: int) -> None:
@@ -262,57 +241,57 @@ def print_summary(result: dict[str, Any], duels: Sequence[Duel], weights: int) -
     print("\nours / theirs in weights per second, median (and range) of neighbouring passes:")
     for d in duels:
         found = ratios_of(d)
-        setting = f"{d.against}, {d.threads} thread(s), batch {d.batch}"
-        print(f"  {setting:40} {median(found):.2f}  ({min(found):.2f} to {max(found):.2f})")
+        setting = f"{d.ours.format} / {d.theirs.format}, {d.threads} thread(s), batch {d.batch}"
+        print(f"  {setting:52} {median(found):.2f}  ({min(found):.2f} to {max(found):.2f})")
     print(json.dumps(result))
 
 
 # --- the run -------------------------------------------------------------------------------------------------------
 
 
-def enough(gigabytes: float, bytes_per_expert: float) -> int:
-    """How many experts fill that much memory, at least two steps' worth."""
-    return max(2 * TOP_K, math.ceil(gigabytes * 1e9 / bytes_per_expert))
-
-
-def our_program(pattern: Projections, options: argparse.Namespace) -> tuple[Program, np.ndarray]:
-    """Our kernels with experts of their own, and part of that memory as one flat array."""
-    bytes_per_expert = int(options.shape.weights * int4_g32.BITS_PER_WEIGHT / 8)
-    count = enough(options.gb, bytes_per_expert)
-    experts, rows = our_experts(pattern, options.shape, count)
-    assert experts.gate_up.blocks.nbytes + experts.down.blocks.nbytes == count * bytes_per_expert
-    program = Program("kimi-local", "int4_g32", count, bytes_per_expert, rows, partial(moe, experts), set_num_threads)
-    memory = experts.gate_up.blocks.reshape(-1)
-    return program, memory[: min(READ_BYTES, memory.size // PIECE * PIECE)]
+def our_program(layer: Layer) -> Program:
+    error = partial(relative_error, layer)
+    return Program("kimi-local", layer.format, layer.bits, layer.experts, layer.step, error, set_num_threads)
 
 
 @contextmanager
 def their_program(ggml: Ggml, layout: Layout, pattern: Projections, options: argparse.Namespace) -> Iterator[Program]:
     """llama.cpp with as many bytes of experts; freed at the end."""
-    pairs = [ggml.quantize(layout.type, matrix) for matrix in pattern]
-    raw, rows = (Projections(*parts) for parts in zip(*pairs, strict=True))
+    quantized = [ggml.quantize(layout.type, matrix) for matrix in pattern]
+    raw, rows = (Projections(*parts) for parts in zip(*quantized, strict=True))
     stored = ggml.bytes_per_expert(layout.type, options.shape)
-    experts = GgmlExperts(ggml, layout, options.shape, enough(options.gb, stored), TOP_K)
+    experts = GgmlExperts(ggml, layout, options.shape, enough(options.gb, stored), ACTIVE)
     with closing(experts):
         experts.fill(raw)
-        yield Program("llama.cpp", layout.name, experts.count, stored, rows, experts.step, ggml.set_threads)
+        bits, error = 8 * stored / options.shape.weights, partial(their_error, experts, rows)
+        yield Program("llama.cpp", layout.name, bits, experts.count, experts.step, error, ggml.set_threads)
+
+
+def compare(
+    ggml: Ggml, name: str, layouts: Sequence[Layout], pattern: Projections, options: argparse.Namespace
+) -> Iterator[Duel]:
+    """A format of ours, in memory once, against one after another of theirs."""
+    layer = random_layer(name, options.gb, np.random.default_rng(options.seed), options.shape)
+    ours = our_program(layer)
+    check(ours, options)
+    for layout in layouts:
+        with their_program(ggml, layout, pattern, options) as theirs:
+            check(theirs, options)
+            yield from duel(ours, theirs, layer.memory[:READ_BYTES], options)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and print; returns the JSON object."""
     ggml = Ggml()
-    layouts = [layout for name in options.types for layout in ggml.layouts(name, options.shape, TOP_K)]
+    layouts = {
+        ours: [layout for theirs in types for layout in ggml.layouts(theirs, options.shape, ACTIVE)]
+        for ours, types in options.pairs.items()
+    }
     require_memory(options.gb)
     print_machine(ggml, options)
     pattern = random_rows(options.shape, np.random.default_rng(options.seed))
-    ours, buffer = our_program(pattern, options)
-    check(ours, options)
-    duels: list[Duel] = []
-    for layout in layouts:
-        with their_program(ggml, layout, pattern, options) as theirs:
-            check(theirs, options)
-            duels.extend(duel(ours, theirs, buffer, options))
-    result = summary(duels, (ours.format, ours.bits(options.shape)), options.shape.weights)
+    duels = [d for name in layouts for d in compare(ggml, name, layouts[name], pattern, options)]
+    result = summary(duels, options.shape.weights)
     print_summary(result, duels, options.shape.weights)
     return result
 
@@ -328,9 +307,10 @@ def require_memory(gigabytes: float) -> None:
 def print_machine(ggml: Ggml, options: argparse.Namespace) -> None:
     print(f"machine: {cpu_model()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}")
     print(f"ours:    Numba {version('numba')}, kernels {ISA}, compiled for {CPU_NAME}")
-    print(f"theirs:  llama-cpp-python {version('llama-cpp-python')}, ggml {ggml.version}, {' '.join(ggml.features)}")
+    print(f"theirs:  llama-cpp-python {version('llama-cpp-python')}, ggml {ggml.version}, ", end="")
+    print(" ".join(ggml.features) + (", as built: --isa changes only ours" if options.isa else ""))
     print(f"expert:  gate and up {options.shape.intermediate} x {options.shape.hidden}, down transposed; ", end="")
-    print(f"{TOP_K} a step of {options.gb:g} GB; {options.repetitions} x {options.seconds:g} s each", flush=True)
+    print(f"{ACTIVE} a step of {options.gb:g} GB; {options.repetitions} x {options.seconds:g} s each", flush=True)
 
 
 def cpu_model() -> str:
@@ -349,9 +329,21 @@ def numbers(text: str) -> list[int]:
     return values
 
 
+def pairs(text: str) -> dict[str, list[str]]:
+    """`ours:theirs,..` -> their types for each format of ours. Raises UsageError."""
+    found: dict[str, list[str]] = {}
+    for pair in text.split(","):
+        ours, _, theirs = pair.partition(":")
+        if ours not in FORMATS or not theirs:
+            remedy = f"Write it like trellis2:iq2_xxs; ours are {', '.join(FORMATS)}."
+            raise UsageError(f"{pair!r} is not a format of ours and a type of theirs.", remedy)
+        found.setdefault(ours, []).append(theirs)
+    return found
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--types", type=lambda text: text.split(","), default=["q4_K", "q4_0"], help="of llama.cpp")
+    parser.add_argument("--pairs", type=pairs, default=PAIRS, help=f"ours:theirs, with commas; default {PAIRS}")
     parser.add_argument("--gb", type=float, default=4.0, help="of experts on each side")
     parser.add_argument("--threads", type=numbers, default=[1, 2])
     parser.add_argument("--batch", type=numbers, default=[1])
@@ -360,6 +352,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--intermediate", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--isa", choices=FORCED, help="compile ours, not theirs, for an older processor")
     options = parser.parse_args(arguments)
     options.shape = Shape(options.hidden, options.intermediate)
     if max(options.threads) > config.NUMBA_NUM_THREADS:
@@ -371,9 +364,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def compile_for(isa: str | None) -> None:
+    """Start the program again if our kernels are compiled for another CPU: Numba decides that when it is imported."""
+    if isa and FORCED[isa][0] != config.CPU_NAME:
+        force(isa)
+        os.execv(sys.executable, sys.orig_argv)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
-        run(parse(arguments))
+        options = parse(arguments)
+        compile_for(options.isa)
+        run(options)
     except KimiError as error:
         print(error, file=sys.stderr)
         return error.exit_code

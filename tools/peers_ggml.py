@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybrid.errors import KimiError, MissingExtra, UsageError
+from quant.bench import Shape
 
 POINTER, SIZE, INT, LONG, TEXT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int64, ctypes.c_char_p
 LOG = ctypes.CFUNCTYPE(None, INT, TEXT, POINTER)
@@ -50,23 +51,6 @@ class InitParams(ctypes.Structure):
     """ggml_init_params"""
 
     _fields_ = [("mem_size", SIZE), ("mem_buffer", POINTER), ("no_alloc", ctypes.c_bool)]
-
-
-class Shape(NamedTuple):
-    """Of one expert: gate and up are [intermediate, hidden], down is [hidden, intermediate]."""
-
-    hidden: int
-    intermediate: int
-
-    @property
-    def weights(self) -> int:
-        return 3 * self.hidden * self.intermediate
-
-    @property
-    def matrices(self) -> tuple[tuple[int, int], ...]:
-        """(rows, columns) of gate, up and down."""
-        wide, tall = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
-        return wide, wide, tall
 
 
 class Layout(NamedTuple):
@@ -207,7 +191,7 @@ class Ggml:
         block = self.call.ggml_blck_size(number)
         if shape.hidden % block or shape.intermediate % block:
             raise UsageError(f"{name} comes in blocks of {block} weights.", "Use sizes that are multiples of it.")
-        return sum(rows * self.call.ggml_row_size(number, columns) for rows, columns in shape.matrices)
+        return sum(rows * self.call.ggml_row_size(number, columns) for rows, columns in matrices(shape))
 
     def layouts(self, name: str, shape: Shape, top_k: int) -> list[Layout]:
         """As stored in a file and, where this machine has one, llama.cpp's default: repacked for its vectors."""
@@ -246,6 +230,12 @@ class Ggml:
         return raw, decoded
 
 
+def matrices(shape: Shape) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of gate, up and down."""
+    wide = shape.intermediate, shape.hidden
+    return wide, wide, shape.down
+
+
 def version_rows(version: int, rows: int) -> np.ndarray:
     """Which of the PATTERN random rows the `rows` rows of an expert of this version are."""
     return (version * (PATTERN // VERSIONS) + np.arange(rows)) % PATTERN
@@ -273,7 +263,8 @@ class GgmlExperts:
         self.context = self._context(3)
         number = ggml.type_of(layout.type)
         self.stacks = [
-            ggml.call.ggml_new_tensor_3d(self.context, number, columns, rows, count) for rows, columns in shape.matrices
+            ggml.call.ggml_new_tensor_3d(self.context, number, columns, rows, count)
+            for rows, columns in matrices(shape)
         ]
         self.buffer = ggml.call.ggml_backend_alloc_ctx_tensors_from_buft(self.context, layout.place)
         assert self.buffer, "ggml found no memory"
@@ -286,7 +277,7 @@ class GgmlExperts:
         """Write all experts from PATTERN quantised rows of each matrix, each expert into memory of its own."""
         call = self.ggml.call
         use_huge_pages(call.ggml_backend_buffer_get_base(self.buffer), call.ggml_backend_buffer_get_size(self.buffer))
-        for stack, rows, (count, _) in zip(self.stacks, raw, self.shape.matrices, strict=True):
+        for stack, rows, (count, _) in zip(self.stacks, raw, matrices(self.shape), strict=True):
             data = np.empty((self.count, count, rows.shape[1]), np.uint8)
             for expert in range(self.count):
                 np.take(rows, version_rows(expert % VERSIONS, count), axis=0, out=data[expert], mode="clip")
@@ -319,9 +310,9 @@ class GgmlExperts:
         return Graph(context, buffer, graph, x, ids, weights, y, (gate, up, down))
 
     def step(self, x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """fp32 x [tokens, hidden], int32 ids and fp32 weights [tokens, top_k] -> fp32 [tokens, hidden]."""
+        """fp32 x [tokens, hidden], integer ids and fp32 weights [tokens, top_k] -> fp32 [tokens, hidden]."""
         call, graph = self.ggml.call, self.graph(len(x))
-        for tensor, value in ((graph.x, x), (graph.ids, ids), (graph.weights, weights)):
+        for tensor, value in ((graph.x, x), (graph.ids, ids.astype(np.int32)), (graph.weights, weights)):
             call.ggml_backend_tensor_set(tensor, value.ctypes.data, 0, value.nbytes)
         status = call.ggml_backend_graph_compute(self.ggml.backend, graph.graph)
         assert status == 0, status

@@ -4,16 +4,21 @@ import importlib
 import importlib.util
 import itertools
 import json
+import os
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numba
 import numpy as np
 import pytest
 
+from cli.bench import FORCED
 from hybrid.errors import DoesNotFit, KimiError
-from quant import int4_g32
+from quant.bench import random_layer
 
 TOOLS = Path(__file__).parents[2] / "tools"
 TINY = ["--hidden=512", "--intermediate=256", "--gb=0.01", "--threads=1", "--repetitions=2", "--seconds=0.01"]
@@ -33,26 +38,27 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 def test_summary_takes_medians_over_neighbouring_passes(bench: ModuleType) -> None:
     weights = 8_000_000  # so that one expert of 4 bits is 0.004 GB
+    ours, theirs = partial(bench.Side, "int4_g32", 4.5), partial(bench.Side, "q4_K", 4.0)
     slow_then_fast = bench.Duel(
-        "q4_K", 4.0, 2, 1, [10.0, 20.0, 40.0], [1000.0, 2000.0, 4000.0], [500.0, 1000.0, 1000.0]
+        2, 1, [10.0, 20.0, 40.0], ours([1000.0, 2000.0, 4000.0]), theirs([500.0, 1000.0, 1000.0])
     )
-    batched = bench.Duel("q4_K", 4.0, 2, 4, [20.0] * 3, [1000.0] * 3, [250.0] * 3)
-    result = bench.summary([slow_then_fast, batched], ("int4_g32", 4.5), weights)
+    batched = bench.Duel(2, 4, [20.0] * 3, ours([1000.0] * 3), theirs([250.0] * 3))
+    result = bench.summary([batched, slow_then_fast], weights)
 
     assert json.loads(json.dumps(result)) == result
     assert result["ceiling_gbps"] == {"2": 20.0}
     assert result["ratios"] == [
-        {"against": "q4_K", "threads": 2, "batch": 1, "gweights_s_ratio": 2.0},
-        {"against": "q4_K", "threads": 2, "batch": 4, "gweights_s_ratio": 4.0},
+        {"ours": "int4_g32", "against": "q4_K", "threads": 2, "batch": 4, "gweights_s_ratio": 4.0},
+        {"ours": "int4_g32", "against": "q4_K", "threads": 2, "batch": 1, "gweights_s_ratio": 2.0},
     ]
-    ours, theirs, ours_batched, _ = result["rows"]
+    our_row, their_row, ours_batched, _ = result["rows"]
     at = {"threads": 2, "batch": 1}
-    assert ours == {"program": "kimi-local", "format": "int4_g32", "bpw": 4.5} | at | {
+    assert our_row == {"program": "kimi-local", "format": "int4_g32", "bpw": 4.5} | at | {
         "gbps": 9.0,
         "gweights_s": 16.0,
         "share": 0.45,
     }
-    assert theirs == {"program": "llama.cpp", "format": "q4_K", "bpw": 4.0} | at | {
+    assert their_row == {"program": "llama.cpp", "format": "q4_K", "bpw": 4.0} | at | {
         "gbps": 4.0,
         "gweights_s": 8.0,
         "share": 0.2,
@@ -60,10 +66,27 @@ def test_summary_takes_medians_over_neighbouring_passes(bench: ModuleType) -> No
     assert (ours_batched["gbps"], ours_batched["gweights_s"]) == (4.5, 32.0), "bytes count once, products per token"
 
 
+def test_a_format_in_two_duels_is_one_row(bench: ModuleType) -> None:
+    peer = partial(bench.Side, "iq1_s", 2.0)
+    first = bench.Duel(1, 1, [10.0] * 3, bench.Side("trellis1_5", 1.5, [1.0] * 3), peer([1.0, 2.0, 3.0]))
+    second = bench.Duel(1, 1, [10.0] * 3, bench.Side("trellis1", 1.0, [1.0] * 3), peer([3.0, 4.0, 5.0]))
+    result = bench.summary([first, second], 4_000_000_000)  # of two bits: a gigabyte
+    assert [(row["format"], row["gbps"]) for row in result["rows"]] == [
+        ("trellis1_5", 0.75),
+        ("iq1_s", 3.0),
+        ("trellis1", 0.5),
+    ]
+    assert [(ratio["ours"], ratio["against"]) for ratio in result["ratios"]] == [
+        ("trellis1_5", "iq1_s"),
+        ("trellis1", "iq1_s"),
+    ]
+
+
 def test_a_ratio_is_of_neighbours_not_of_medians(bench: ModuleType) -> None:
-    duel = bench.Duel("q4_0", 4.5, 1, 1, [1.0] * 3, [3.0, 20.0, 100.0], [1.0, 10.0, 100.0])
+    ours, theirs = bench.Side("int4_g32", 4.5, [3.0, 20.0, 100.0]), bench.Side("q4_0", 4.5, [1.0, 10.0, 100.0])
+    duel = bench.Duel(1, 1, [1.0] * 3, ours, theirs)
     assert bench.ratios_of(duel) == [3.0, 2.0, 1.0]
-    assert bench.summary([duel], ("int4_g32", 4.5), 8)["ratios"][0]["gweights_s_ratio"] == 2.0
+    assert bench.summary([duel], 8)["ratios"][0]["gweights_s_ratio"] == 2.0
 
 
 def test_passes_take_turns(bench: ModuleType) -> None:
@@ -99,24 +122,39 @@ def test_a_pass_lasts_its_time_and_does_not_count_the_first_step(
     assert len(visited) == 1 + 3
 
 
-def test_our_int4_rows_mean_what_the_comparison_takes_them_for(bench: ModuleType) -> None:
-    matrix = np.random.default_rng(0).standard_normal((32, 128), np.float32)
-    packed, scales, decoded = bench.quantize_int4(matrix)
-    stack = int4_g32.empty(1, 32, 128)
-    int4_g32.pack(packed, scales, stack.blocks[0])
-    np.testing.assert_array_equal(int4_g32.decode(stack.blocks[0], 128), decoded)
-    assert np.linalg.norm(decoded - matrix) < 0.12 * np.linalg.norm(matrix)
-
-
-def test_ours_is_checked_and_a_wrong_kernel_is_not_timed(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["int4_g32", "trellis2"])
+def test_ours_is_checked_and_a_wrong_kernel_is_not_timed(
+    bench: ModuleType, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     options = bench.parse(TINY)
-    ours, memory = bench.our_program(bench.random_rows(options.shape, np.random.default_rng(0)), options)
-    assert memory.size >= 1 << 20
-    bench.check(ours, options)
-    assert "kimi-local int4_g32: relative error" in capsys.readouterr().out
-    other_expert = ours._replace(step=lambda x, ids, weights: ours.step(x, (ids + 1) % ours.experts, weights))
+    layer = random_layer(name, options.gb, np.random.default_rng(0), options.shape)
+    bench.check(bench.our_program(layer), options)
+    assert f"kimi-local {name}: relative error" in capsys.readouterr().out
+    other_token = layer._replace(step=lambda x, ids, weights: layer.step(x[::-1].copy(), ids, weights))
     with pytest.raises(KimiError, match="computes something else"):
-        bench.check(other_expert, options)
+        bench.check(bench.our_program(other_token), options)
+
+
+def test_pairs_are_grouped_by_our_format(bench: ModuleType) -> None:
+    found = bench.parse(["--threads=1", "--pairs=trellis2:iq2_xxs,int4_g32:q4_K,trellis2:iq2_xs"]).pairs
+    assert found == {"trellis2": ["iq2_xxs", "iq2_xs"], "int4_g32": ["q4_K"]}
+    assert list(bench.parse(["--threads=1"]).pairs) == ["trellis2", "trellis1_5", "trellis1", "int4_g32"]
+
+
+def test_another_instruction_set_starts_the_program_again(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, list[str], str]] = []
+    for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+    monkeypatch.setattr(bench.os, "execv", lambda *command: started.append((*command, os.environ["NUMBA_CPU_NAME"])))
+    monkeypatch.setattr(bench.config, "CPU_NAME", None)
+    bench.compile_for(None)
+    assert started == []
+    bench.compile_for("avx2")
+    assert started == [(sys.executable, sys.orig_argv, "haswell")]
+    assert os.environ["NUMBA_CPU_FEATURES"] == FORCED["avx2"][1]
+    monkeypatch.setattr(bench.config, "CPU_NAME", "haswell")
+    bench.compile_for("avx2")
+    assert len(started) == 1
 
 
 def test_too_little_memory_is_refused_with_the_sizes(bench: ModuleType) -> None:
@@ -134,7 +172,15 @@ def test_without_llama_cpp_one_line_says_what_to_install(
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--gb 0", "--hidden 100", "--repetitions 0", "--threads 100000"], ids=lambda text: text.split()[0]
+    "arguments",
+    [
+        "--gb 0",
+        "--hidden 100",
+        "--repetitions 0",
+        "--threads 100000",
+        "--pairs trellis2",
+        "--pairs q4_K:trellis2",
+    ],
 )
 def test_sizes_that_cannot_be_meant_are_one_line(
     bench: ModuleType, capsys: pytest.CaptureFixture[str], arguments: str
@@ -145,7 +191,7 @@ def test_sizes_that_cannot_be_meant_are_one_line(
 
 @needs_llama
 def test_a_tiny_run_ends_in_one_json_object(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main([*TINY, "--types", "q4_K,iq2_xxs", "--batch", "1,2"]) == 0
+    assert bench.main([*TINY, "--pairs", "int4_g32:q4_K,trellis2:iq2_xxs", "--batch", "1,2"]) == 0
     *text, last = capsys.readouterr().out.splitlines()
     result = json.loads(last)
 
@@ -153,31 +199,39 @@ def test_a_tiny_run_ends_in_one_json_object(bench: ModuleType, capsys: pytest.Ca
     assert result["ceiling_gbps"]["1"] > 0
     formats = {(row["program"], row["format"]): row["bpw"] for row in result["rows"]}
     assert formats[("kimi-local", "int4_g32")] == formats[("llama.cpp", "q4_K")] == 4.5
-    assert formats[("llama.cpp", "iq2_xxs")] == 2.0625
+    assert formats[("llama.cpp", "iq2_xxs")] == 2.0625 and 2 < formats[("kimi-local", "trellis2")] < 2.1
     keys = {"program", "format", "bpw", "threads", "batch", "gbps", "gweights_s", "share"}
     for row in result["rows"]:
         assert set(row) == keys
         assert row["gweights_s"] == pytest.approx(row["gbps"] * 8 / row["bpw"] * row["batch"], rel=2e-3)
-    settings = {(ratio["against"], ratio["threads"], ratio["batch"]) for ratio in result["ratios"]}
-    assert {("q4_K", 1, 1), ("q4_K", 1, 2), ("iq2_xxs", 1, 1), ("iq2_xxs", 1, 2)} <= settings
+    settings = {(ratio["ours"], ratio["against"], ratio["threads"], ratio["batch"]) for ratio in result["ratios"]}
+    pairs = {("int4_g32", "q4_K"), ("trellis2", "iq2_xxs")}
+    assert {(*pair, 1, batch) for pair in pairs for batch in (1, 2)} <= settings
+    assert ("int4_g32", "iq2_xxs", 1, 1) not in settings
     assert sum("relative error" in line for line in text) == len(formats)
 
 
 @needs_llama
-def test_a_peer_that_reads_other_experts_is_not_timed(bench: ModuleType) -> None:
+def test_a_peer_that_reads_other_experts_is_not_timed(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     options = bench.parse(TINY)
     pattern = bench.random_rows(options.shape, np.random.default_rng(0))
-    ggml = bench.Ggml()
-    for layout in ggml.layouts("q4_0", options.shape, bench.TOP_K):
+    ggml, fill = bench.Ggml(), bench.GgmlExperts.fill
+
+    def fill_swapped(experts: Any, raw: Any) -> None:
+        fill(experts, raw._replace(gate=raw.up, up=raw.gate))
+
+    for layout in ggml.layouts("q4_0", options.shape, bench.ACTIVE):
         with bench.their_program(ggml, layout, pattern, options) as theirs:
             bench.check(theirs, options)
-            swapped = theirs._replace(rows=theirs.rows._replace(gate=theirs.rows.up, up=theirs.rows.gate))
-            with pytest.raises(KimiError, match="computes something else"):
-                bench.check(swapped, options)
+        with monkeypatch.context() as patch:
+            patch.setattr(bench.GgmlExperts, "fill", fill_swapped)
+            wrong = bench.their_program(ggml, layout, pattern, options)
+            with wrong as theirs, pytest.raises(KimiError, match="computes something else"):
+                bench.check(theirs, options)
 
 
 @needs_llama
-@pytest.mark.parametrize("arguments", ["--types q9_Z", "--types q4_K --intermediate 320"])
+@pytest.mark.parametrize("arguments", ["--pairs trellis2:q9_Z", "--pairs int4_g32:q4_K --intermediate 320"])
 def test_types_llama_cpp_cannot_store_are_one_line(
     bench: ModuleType, capsys: pytest.CaptureFixture[str], arguments: str
 ) -> None:
