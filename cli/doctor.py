@@ -166,35 +166,54 @@ class CheckedModel(NamedTuple):
 
 def check_model(model: str, hardware: Hardware, deep: bool, write: bool) -> CheckedModel:
     """Check headers and, if `deep`, every byte; `write` records checksums of a model without errors."""
-    from hybrid.checkpoint.check import scan
-
-    headers = scan(model)
+    headers = scan_any(model)
     report = read_everything(headers) if deep else None
     rows = list(model_rows(headers, hardware))
     if report:
         rows += deep_rows(report)
         if write:
-            from hybrid.checkpoint.deep import write_checksums
-
-            rows.append(Row("checksums", "ok", f"recorded in {write_checksums(headers.path, report)}"))
+            rows.append(recorded(headers, report))
     return CheckedModel(headers, report, rows)
+
+
+def recorded(headers: Scan, report: DeepReport) -> Row:
+    """Record what was read, where the model does not carry its checksums already."""
+    from hybrid.checkpoint import deep, pack_check
+
+    if isinstance(headers, pack_check.PackScan):
+        return Row("checksums", "note", "a pack carries its own; nothing was recorded")
+    return Row("checksums", "ok", f"recorded in {deep.write_checksums(headers.path, report)}")
+
+
+def scan_any(model: str) -> Scan:
+    """The header check of a model as released, or of a pack."""
+    from pathlib import Path
+
+    from hybrid.checkpoint import check, is_pack, pack_check
+
+    return pack_check.scan_pack(model) if is_pack(Path(model).expanduser()) else check.scan(model)
 
 
 def read_everything(headers: Scan) -> DeepReport:
     """The deep check, with a progress line on a terminal."""
     from cli.views import StatusLine
-    from hybrid.checkpoint.deep import read_deep
-    from hybrid.progress import Progress
+    from hybrid.checkpoint import deep, pack_check
+    from hybrid.progress import OnProgress, Progress
+
+    def read(*report: OnProgress) -> DeepReport:
+        if isinstance(headers, pack_check.PackScan):
+            return pack_check.read_pack(headers, *report)
+        return deep.read_deep(headers, *report)
 
     if not sys.stderr.isatty():
-        return read_deep(headers)
+        return read()
     line = StatusLine(sys.stderr)
 
     def show_progress(progress: Progress) -> None:
         line.show("reading", progress)
 
     try:
-        return read_deep(headers, show_progress)
+        return read(show_progress)
     finally:
         line.clear()
 
@@ -207,6 +226,7 @@ def model_rows(headers: Scan, hardware: Hardware) -> Iterator[Row]:
     shards = plural(len(headers.headers), "shard")
     size = f"{count(headers.num_tensors)} in {shards}, {byte_count(headers.num_bytes)}"
     yield _verdict_row("tensors", size, headers.findings)
+    yield from pack_rows(headers)
     parts = headers.load_bytes()
     need = sum(parts.values())
     value = f"{byte_count(need)} to load: experts {byte_count(parts['routed_experts'])}, "
@@ -214,6 +234,17 @@ def model_rows(headers: Scan, hardware: Hardware) -> Iterator[Row]:
     lacking = need > hardware.ram_available
     hint = f"{byte_count(hardware.ram_available)} of memory are available here" if lacking else ""
     yield Row("memory", "warn" if lacking else "ok", value, hint)
+
+
+def pack_rows(headers: Scan) -> Iterator[Row]:
+    """What a pack's experts are made of; nothing for other models."""
+    from hybrid.checkpoint.pack_check import PackScan
+
+    if isinstance(headers, PackScan):
+        manifest = headers.manifest
+        names = sorted({name for record in manifest.layers.values() for pair in record.formats for name in pair})
+        value = f"{byte_count(manifest.expert_bytes)} in {plural(len(manifest.layers), 'layer')}, "
+        yield Row("experts", "ok", f"{value}{manifest.bits_per_weight:.2f} bits per weight: {', '.join(names)}")
 
 
 def deep_rows(report: DeepReport) -> Iterator[Row]:

@@ -10,11 +10,14 @@ import typer
 from typer.core import TyperGroup
 
 from cli.bench import bench_app
+from cli.calibrate import calibrate
 from cli.chat import chat
+from cli.compare import compare
 from cli.doctor import doctor
 from cli.options import ENVIRONMENT, Debug
 from cli.output import tolerate_narrow_encodings
 from cli.pull import pull
+from cli.quantize import quantize
 from hybrid.errors import KimiError
 
 CLOSED_PIPE = 141  # what the shell reports for a program that SIGPIPE ended
@@ -98,6 +101,9 @@ def root(
 app.command(epilog=ENVIRONMENT)(chat)
 app.command()(doctor)
 app.command()(pull)
+app.command()(quantize)
+app.command()(compare)
+app.command()(calibrate)
 app.add_typer(bench_app, name="bench")
 
 

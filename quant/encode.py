@@ -17,6 +17,7 @@ from quant.trellis import COLUMNS, Layout, Plane, layout, matrix_bytes, pack, pl
 from quant.viterbi import search, search_of, streams
 
 DAMPING = 0.01  # of the mean diagonal of H
+ENOUGH = 256  # rows that tell a weighted error well; all of them would cost as much as the search
 BLOCK = 128  # columns whose errors reach the rest of the matrix in one product
 EXPECTED = {2: 0.279, 3: 0.144, 4: 0.074}  # error of a plane, by half bits: what the next plane will find
 
@@ -25,30 +26,44 @@ class Encoded(NamedTuple):
     """A matrix as bytes, and what was lost."""
 
     blob: np.ndarray  # uint8 [matrix_bytes]
-    error: float  # trace(E H E^T) / trace(W H W^T), H the identity where none was given
+    error: float  # trace(E H E^T) / trace(W H W^T) over some rows, H the identity where none was given
     plain_error: float  # |E|^2 / |W|^2
 
 
-def encode(weights: np.ndarray, name: str, sign: np.ndarray, hessian: np.ndarray | None = None) -> Encoded:
+class Inputs(NamedTuple):
+    """What the inputs of a matrix tell the encoder; the same for all matrices of one shape that share them."""
+
+    hessian: np.ndarray  # fp32 [columns, columns], rotated
+    feedback: np.ndarray  # fp32 [columns padded, columns padded], see `feedback`
+
+
+def inputs(hessian: np.ndarray, sign: np.ndarray, rows: int) -> Inputs:
+    """From the mean of x x^T, fp32 [columns, columns], unrotated, for matrices of `rows` rows. K2.5: some 20 s."""
+    shape = layout(rows, len(hessian))
+    rotated = rotate_rows(rotate_rows(hessian, sign).T, sign)
+    return Inputs(rotated, feedback(rotated, shape.tiles * COLUMNS, 4 * shape.chain))
+
+
+def encode(weights: np.ndarray, name: str, sign: np.ndarray, known: Inputs | None = None) -> Encoded:
     """weights fp32 [rows, columns] in trellis format `name`; sign int8 [columns], see `quant.rotation.signs`.
 
-    hessian fp32 [columns, columns], in the basis of the weights, unrotated. Deterministic, on one thread.
+    Deterministic, on one thread.
     """
     rows, columns = weights.shape
     assert rows % 16 == 0 and columns % GROUP == 0, weights.shape
     shape = layout(rows, columns)
     turned = np.zeros((shape.tiles * COLUMNS, shape.padded_rows), np.float32)  # columns first: a panel is contiguous
     turned[:columns, :rows] = rotate_rows(weights, sign).T
-    rotated = None if hessian is None else rotate_rows(rotate_rows(hessian, sign).T, sign)
-    whole = _energy(turned[:columns], rotated)
+    rotated = None if known is None else known.hessian
+    whole = _energy(turned[:columns, :rows], rotated)
     blob = np.zeros(matrix_bytes(name, rows, columns), np.uint8)
     parts = planes(name, blob, shape)
-    found = _search_all(turned.copy(), parts, _start_scales(turned, parts, columns), shape, rotated)
+    found = _search_all(turned.copy(), parts, _start_scales(turned, parts, columns), shape, known)
     for plane, scale in zip(parts, _refit(turned, found), strict=True):
         plane.scales[:] = to_bits(scale)
     for plane, levels in zip(parts, found, strict=True):
         turned -= levels * plane_scales(plane)
-    lost = _energy(turned[:columns], rotated)
+    lost = _energy(turned[:columns, :rows], rotated)
     weighted, plain = (float(a / b) if b > 0 else 0.0 for a, b in zip(lost, whole, strict=True))
     return Encoded(blob, weighted, plain)
 
@@ -79,14 +94,13 @@ def _start_scales(turned: np.ndarray, parts: list[Plane], columns: int) -> list[
 
 
 def _search_all(
-    turned: np.ndarray, parts: list[Plane], scales: list[np.ndarray], shape: Layout, hessian: np.ndarray | None
+    turned: np.ndarray, parts: list[Plane], scales: list[np.ndarray], shape: Layout, known: Inputs | None
 ) -> list[np.ndarray]:
     """Find the bits of all planes, group of columns after group; consumes `turned` [columns, rows].
 
     Returns each plane's levels less zero, int8 [columns, rows].
     """
     group = 4 * shape.chain
-    fed = None if hessian is None else feedback(hessian, len(turned), group)
     kept = [np.empty((len(turned) // group, shape.slabs, 64, _windows(shape, p.code)), np.uint16) for p in parts]
     found = [np.empty(turned.shape, np.int8) for _ in parts]
     errors = np.empty((BLOCK, turned.shape[1]), np.float32)
@@ -97,8 +111,9 @@ def _search_all(
             states[start // group] = _search_group(rest, plane.code, scale, shape)
             levels[start : start + group] = _levels(states[start // group], plane.code, shape)
             rest -= levels[start : start + group] * (scale * np.float32(plane.code.unit))
-        if fed is None:
+        if known is None:
             continue
+        fed = known.feedback
         block = start // BLOCK * BLOCK
         end = min(block + BLOCK, len(turned))
         errors[start - block : start - block + group] = rest
@@ -149,6 +164,9 @@ def _refit(turned: np.ndarray, found: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _energy(turned: np.ndarray, hessian: np.ndarray | None) -> tuple[float, float]:
-    """trace(A H A^T) and |A|^2 of a matrix given by its columns."""
+    """trace(A H A^T), over evenly chosen rows where there are many, and |A|^2 of a matrix given by its columns."""
     plain = float(np.vdot(turned, turned))
-    return (plain if hessian is None else float(np.vdot(hessian @ turned, turned))), plain
+    if hessian is None:
+        return plain, plain
+    some = np.ascontiguousarray(turned[:, :: max(1, turned.shape[1] // ENOUGH)])
+    return float(np.vdot(hessian @ some, some)), plain

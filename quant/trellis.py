@@ -90,7 +90,8 @@ class Plane(NamedTuple):
 
 def planes(name: str, blob: np.ndarray, shape: Layout) -> list[Plane]:
     """Views of the planes of a matrix, uint8 [matrix_bytes]."""
-    found, start = [], 0
+    found: list[Plane] = []
+    start = 0
     for code in TRELLIS[name]:
         part = blob[start : start + shape.plane_bytes(code)]
         scales = part[: 2 * shape.padded_rows].view(np.uint16)
@@ -137,8 +138,9 @@ def unpack(plane: Plane, shape: Layout) -> tuple[np.ndarray, np.ndarray]:
     if plane.code is T20:
         o = np.unpackbits(lines_o.reshape(*head, PANELS, LANES, 1), axis=-1, bitorder="little")
     elif plane.code is T15:
-        pairs = lines_o.reshape(*head, PANELS, 1, 32, 1) >> np.array([0, 4], np.uint8)[:, None, None]
-        o = np.unpackbits(pairs.reshape(*head, PANELS, LANES, 1), axis=-1, count=4, bitorder="little")
+        halves = lines_o.reshape(*head, PANELS, 32)
+        nibbles = np.concatenate((halves, halves >> 4), axis=-1)[..., None]
+        o = np.unpackbits(nibbles, axis=-1, count=4, bitorder="little")
     else:
         o = np.empty((*head, PANELS, LANES, 0), np.uint8)
     return _by_chain(e, shape), _by_chain(o, shape)
@@ -152,7 +154,7 @@ def pack(e: np.ndarray, o: np.ndarray, plane: Plane, shape: Layout) -> None:
         return
     bytes_o = np.packbits(_by_block(o, shape, plane.code.odd_stream), axis=-1, bitorder="little")
     if plane.code is T15:
-        bytes_o = bytes_o[..., :32, :] | bytes_o[..., 32:, :] << 4
+        bytes_o = bytes_o[..., :32, :] | np.left_shift(bytes_o[..., 32:, :], np.uint8(4))
     lines_o[:] = bytes_o.reshape(lines_o.shape)
 
 

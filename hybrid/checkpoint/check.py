@@ -4,7 +4,7 @@ Nothing but JSON and headers is read, so the released terabyte-class model takes
 `open_checkpoint` stops at the first one that matters to it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -65,8 +65,17 @@ class Scan:
         named = ((normalise(stored), entry) for stored, entry in entries)
         return loaded_bytes(self.config, ((name, entry) for name, entry in named if name), dtype_size)
 
+    def expected(self, dtypes: Mapping[str, str]) -> dict[str, Spec]:
+        """What the shards must hold; `dtypes` by normalised name are what they do hold."""
+        return expected_tensors(self.config, dtypes)
+
     def note(self, severity: str, where: str, message: str) -> None:
         self.findings.append(Finding(severity, where, message))
+
+    def sort(self) -> None:
+        """Errors first."""
+        order = ("error", "warning", "note")
+        self.findings.sort(key=lambda finding: order.index(finding.severity))
 
 
 def check_headers(path: Path | str) -> list[Finding]:
@@ -83,16 +92,16 @@ def scan(path: Path | str) -> Scan:
     directory = model_directory(path)
     result = Scan(directory, ModelConfig.from_dict(read_json(directory / "config.json")))
     _read_shards(result)
-    tensors = _locate(result)
-    _compare(result, tensors)
+    tensors = locate_all(result)
+    compare(result, tensors)
     _compare_index(result, tensors)
-    _check_text_files(result)
-    order = ("error", "warning", "note")
-    result.findings.sort(key=lambda finding: order.index(finding.severity))
+    check_text_files(result)
+    result.sort()
     return result
 
 
-def _check_text_files(result: Scan) -> None:
+def check_text_files(result: Scan) -> None:
+    """The tokenizer is there, and what is JSON can be read."""
     for name in TEXT_FILES:
         if not (result.path / name).is_file():
             result.note("warning", name, "missing; without it the model cannot read or write text")
@@ -137,14 +146,16 @@ def _shard_paths(result: Scan) -> list[Path]:
     return [result.path / SINGLE]
 
 
-class _Tensor(NamedTuple):
+class Found(NamedTuple):
+    """A tensor's name as stored, and its place."""
+
     stored: str
     located: Located
 
 
-def _locate(result: Scan) -> dict[str, _Tensor]:
+def locate_all(result: Scan) -> dict[str, Found]:
     """Tensors by normalised name; a second claim to a name is an error."""
-    tensors: dict[str, _Tensor] = {}
+    tensors: dict[str, Found] = {}
     for header in result.headers:
         for stored, entry in header.entries.items():
             name = normalise(stored)
@@ -152,18 +163,18 @@ def _locate(result: Scan) -> dict[str, _Tensor]:
                 first = tensors[name]
                 result.note("error", stored, f"is in {header.path.name} and as {first.stored} in {_shard(first)}")
             elif name is not None:
-                tensors[name] = _Tensor(stored, Located(header.path, entry))
+                tensors[name] = Found(stored, Located(header.path, entry))
     return tensors
 
 
-def _shard(tensor: _Tensor) -> str:
+def _shard(tensor: Found) -> str:
     return tensor.located.shard.name
 
 
-def _compare(result: Scan, tensors: dict[str, _Tensor]) -> None:
+def compare(result: Scan, tensors: dict[str, Found]) -> None:
     """Names, shapes and dtypes against the configuration."""
     dtypes = {name: tensor.located.entry.dtype for name, tensor in tensors.items()}
-    expected = expected_tensors(result.config, dtypes)
+    expected = result.expected(dtypes)
     if result.config.vision_config and result.headers and not any(map(is_vision, tensors)):
         result.note("warning", "vision_tower", "absent; the model cannot see images")
         expected = {name: spec for name, spec in expected.items() if not is_vision(name)}
@@ -187,7 +198,7 @@ def _deviations(entry: Entry, spec: Spec) -> Iterator[str]:
         yield f"dtype {entry.dtype}, expected {' or '.join(sorted(spec.dtypes))}"
 
 
-def _report_missing(result: Scan, names: list[str], tensors: dict[str, _Tensor]) -> None:
+def _report_missing(result: Scan, names: list[str], tensors: dict[str, Found]) -> None:
     """Tensors that are nowhere; those of a lost shard are covered by what was said about it."""
     if not names or (result.lost and result.weight_map is None):
         return
@@ -200,7 +211,7 @@ def _report_missing(result: Scan, names: list[str], tensors: dict[str, _Tensor])
             result.note("error", stored, f"missing (the index places it in {shard})")
 
 
-def _spelling(name: str, tensors: dict[str, _Tensor]) -> str:
+def _spelling(name: str, tensors: dict[str, Found]) -> str:
     """How this checkpoint would have stored a normalised name, judging by a tensor it does hold."""
     is_head = name == "lm_head.weight"
     likes = (known for known in tensors if not is_vision(known) and (known == "lm_head.weight") == is_head)
@@ -208,7 +219,7 @@ def _spelling(name: str, tensors: dict[str, _Tensor]) -> str:
     return name if is_vision(name) or like is None else tensors[like].stored.removesuffix(like) + name
 
 
-def _compare_index(result: Scan, tensors: dict[str, _Tensor]) -> None:
+def _compare_index(result: Scan, tensors: dict[str, Found]) -> None:
     """The index against what the shards really hold."""
     if result.weight_map is None:
         return

@@ -109,7 +109,7 @@ def read_deep(headers: Scan, on_progress: OnProgress = ignore) -> DeepReport:
     known = _known_checksums(headers)
     report = DeepReport(list(headers.findings), num_files=len(headers.headers))
     report.num_tensors, report.num_bytes = headers.num_tensors, headers.num_bytes
-    meter = _Meter(report.num_bytes, on_progress)
+    meter = Meter(report.num_bytes, on_progress)
     with ThreadPoolExecutor(READERS) as readers:
         try:
             for shard in readers.map(lambda header: _ShardReader(header, meter).read(), headers.headers):
@@ -138,7 +138,7 @@ def write_checksums(path: Path | str, report: DeepReport) -> Path:
     return target
 
 
-class _Meter:
+class Meter:
     """Adds up progress over the reading threads, and tells them to stop."""
 
     def __init__(self, total: int, on_progress: OnProgress) -> None:
@@ -167,7 +167,7 @@ class _Shard:
 class _ShardReader:
     """Reads one shard from front to back, in chunks that stay in the processor's cache."""
 
-    def __init__(self, header: Header, meter: _Meter) -> None:
+    def __init__(self, header: Header, meter: Meter) -> None:
         self._header, self._meter = header, meter
         self._result = _Shard(header, expected_sha256=download_sha256(header.path))
         self._digest = hashlib.sha256() if self._result.expected_sha256 else None

@@ -1,7 +1,8 @@
 """Every routed expert on the host, in the layout its kernel reads."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -9,15 +10,20 @@ import torch
 from torch import Tensor
 
 from hybrid.checkpoint import Checkpoint, Expert, Int4Weight
-from quant import int4_g32, kernels
+from hybrid.checkpoint.pack import LayerBlobs, Pack
+from hybrid.config import ModelConfig
+from quant import aligned, int4_g32, kernels, trellis_moe
+from quant.rotation import MATRICES, signs
+
+PIECE = 1 << 24  # bytes one thread copies at a time
 
 
 class LayerExperts(Protocol):
     """The routed experts of one layer."""
 
     @property
-    def expert_bytes(self) -> int:
-        """Bytes read to apply one expert once."""
+    def expert_bytes(self) -> np.ndarray:
+        """Bytes read to apply each expert once, int64 [experts]."""
         ...
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -26,18 +32,17 @@ class LayerExperts(Protocol):
 
 
 class PackedExperts:
-    """INT4 experts times int8 activations, by the Numba kernels."""
+    """Low-bit experts times int8 activations, by the Numba kernels."""
 
-    def __init__(self, experts: kernels.Experts) -> None:
-        self.experts = experts
-
-    @property
-    def expert_bytes(self) -> int:
-        return sum(matrix.blocks[0].nbytes for matrix in self.experts)
+    def __init__(self, moe: Callable[..., np.ndarray], expert_bytes: np.ndarray) -> None:
+        """`moe` takes x, topk_ids and topk_weights and returns the layer's output: `quant.kernels.moe` of some experts
+        or `quant.trellis_moe.moe` of others."""
+        self.moe = moe
+        self.expert_bytes = expert_bytes
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        rows = x.float().numpy(force=True)
-        out = kernels.moe(self.experts, rows, topk_ids.numpy(force=True), topk_weights.numpy(force=True))
+        rows = np.ascontiguousarray(x.float().numpy(force=True))
+        out = self.moe(rows, topk_ids.numpy(force=True), topk_weights.numpy(force=True))
         return torch.from_numpy(out).to(x.device)
 
 
@@ -51,7 +56,7 @@ def unobserved(expert: int, weights: Tensor, inner: Tensor, outputs: Tensor) -> 
 class ExactExperts:
     """Experts in full precision by torch, one at a time: the path that others are checked against, and bf16 models'."""
 
-    def __init__(self, expert: Callable[[int], tuple[Tensor, Tensor, Tensor]], expert_bytes: int) -> None:
+    def __init__(self, expert: Callable[[int], tuple[Tensor, Tensor, Tensor]], expert_bytes: np.ndarray) -> None:
         """`expert(i)` returns gate, up [intermediate, hidden] and down [hidden, intermediate] in the model's dtype."""
         self.expert = expert
         self.expert_bytes = expert_bytes
@@ -72,15 +77,18 @@ class ExactExperts:
 
 
 def load_experts(checkpoint: Checkpoint, layer: int, *, exact: bool, dtype: torch.dtype, threads: int) -> LayerExperts:
-    """The experts of one layer, INT4 ones reordered without loss for the kernels unless `exact`."""
-    config = checkpoint.config
-    count = config.n_routed_experts
-    if checkpoint.expert_format(layer) != "int4_g32":
-        return ExactExperts(lambda i: _dense(checkpoint.expert(layer, i), dtype), config.expert_bytes(16))
-    experts = kernels.Experts(
-        int4_g32.empty(count, 2 * config.moe_intermediate_size, config.hidden_size),
-        int4_g32.empty(count, config.hidden_size, config.moe_intermediate_size),
-    )
+    """The experts of one layer as their kernels read them; decoded and multiplied by torch instead if `exact`."""
+    with ThreadPoolExecutor(threads) as pool:
+        if isinstance(checkpoint, Pack):
+            return _from_pack(checkpoint, layer, exact, dtype, pool)
+        if checkpoint.expert_format(layer) == "int4_g32":
+            return _from_int4(checkpoint, layer, exact, dtype, pool)
+    sizes = np.full(checkpoint.config.n_routed_experts, checkpoint.config.expert_bytes(16))
+    return ExactExperts(lambda i: _dense(checkpoint.expert(layer, i), dtype), sizes)
+
+
+def _from_int4(checkpoint: Checkpoint, layer: int, exact: bool, dtype: torch.dtype, pool: Executor) -> LayerExperts:
+    experts = _empty_int4(checkpoint.config)
 
     def pack(index: int) -> None:
         gate, up, down = (_released(weight) for weight in checkpoint.expert(layer, index))
@@ -88,14 +96,53 @@ def load_experts(checkpoint: Checkpoint, layer: int, *, exact: bool, dtype: torc
         int4_g32.pack(both[0], both[1], experts.gate_up.blocks[index])
         int4_g32.pack(*down, experts.down.blocks[index])
 
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(pack, range(count)))
-    packed = PackedExperts(experts)
+    list(pool.map(pack, range(checkpoint.config.n_routed_experts)))
+    packed = _int4_experts(experts)
     if not exact:
         return packed
-    return ExactExperts(
-        lambda i: _decoded(experts, i, config.hidden_size, config.moe_intermediate_size, dtype), packed.expert_bytes
+    hidden, intermediate = checkpoint.config.hidden_size, checkpoint.config.moe_intermediate_size
+    return ExactExperts(lambda i: _decoded(experts, i, hidden, intermediate, dtype), packed.expert_bytes)
+
+
+def _empty_int4(config: ModelConfig) -> kernels.Experts:
+    count, hidden, intermediate = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+    return kernels.Experts(int4_g32.empty(count, 2 * intermediate, hidden), int4_g32.empty(count, hidden, intermediate))
+
+
+def _int4_experts(experts: kernels.Experts) -> PackedExperts:
+    size = sum(matrix.blocks[0].nbytes for matrix in experts)
+    return PackedExperts(partial(kernels.moe, experts), np.full(len(experts.down.blocks), size))
+
+
+def _from_pack(pack: Pack, layer: int, exact: bool, dtype: torch.dtype, pool: Executor) -> LayerExperts:
+    """Blobs are copied, not used where they are mapped: the kernels must never wait for a page of a file."""
+    blobs = pack.experts(layer)
+    sizes = np.array([sum(pack.shapes.sizes(formats)) for formats in blobs.formats])
+    if exact:
+        return ExactExperts(lambda i: _dense(pack.expert(layer, i, dtype), dtype), sizes)
+    if blobs.formats[0][0] == "int4_g32":  # then all are
+        return _int4_experts(_split_int4(blobs, pack.config, pool))
+    data = aligned.empty(blobs.data.shape)
+    pieces = [slice(start, start + PIECE) for start in range(0, data.size, PIECE)]
+    list(pool.map(lambda piece: np.copyto(data[piece], blobs.data[piece]), pieces))
+    gate_up, down = (
+        signs(pack.manifest.seed, layer, name, shape[1]) for name, shape in zip(MATRICES, pack.shapes, strict=True)
     )
+    experts = trellis_moe.experts(data, blobs.offsets, blobs.formats, (gate_up, down))
+    return PackedExperts(partial(trellis_moe.moe, experts), sizes)
+
+
+def _split_int4(blobs: LayerBlobs, config: ModelConfig, pool: Executor) -> kernels.Experts:
+    """INT4 blobs into the two stacks of their kernel."""
+    experts = _empty_int4(config)
+    gate_up, down = (stack.blocks.reshape(config.n_routed_experts, -1) for stack in experts)
+
+    def split(index: int) -> None:
+        blob, middle = blobs.data[blobs.offsets[index] :], gate_up.shape[1]
+        gate_up[index], down[index] = blob[:middle], blob[middle : middle + down.shape[1]]
+
+    list(pool.map(split, range(config.n_routed_experts)))
+    return experts
 
 
 def _released(weight: Int4Weight | Tensor) -> tuple[np.ndarray, np.ndarray]:

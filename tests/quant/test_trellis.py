@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant import activations, trellis
-from quant.encode import encode
+from quant.encode import encode, inputs
 from quant.rotation import rotate, rotate_back, signs
 from quant.trellis import TRELLIS
 
@@ -82,7 +82,7 @@ def test_feedback_lowers_the_weighted_error(name: str) -> None:
     hessian = (mixing @ mixing.T / columns).astype(np.float32)
     weights = rng.standard_normal((rows, columns)).astype(np.float32)
     sign = signs(0, 1, "down", columns)
-    plain, fed = encode(weights, name, sign), encode(weights, name, sign, hessian)
+    plain, fed = encode(weights, name, sign), encode(weights, name, sign, inputs(hessian, sign, rows))
     errors = []
     for found in (plain, fed):
         off = rotate_back(trellis.decode(name, found.blob, rows, columns), sign) - weights
