@@ -12,8 +12,8 @@ scales followed by its bits. Trellis time runs down the rows, four columns (a pa
     plane   bf16 scales [rows padded], padded to 64 bytes
             bits [slabs, tiles, steps / 8, block]
     block   eight steps of a tile, panel after panel: 64 bytes of stream e, byte l = the eight bits of lane l, and
-            for T20 as many of stream o. For T15 two panels share three lines: e, e, and 32 bytes of o for each, byte
-            i = four bits of lane i and four of lane i + 32
+            for T20 as many of stream o. T15 has stream e of all panels first, then 32 bytes of o for each, byte i =
+            four bits of lane i and four of lane i + 32
 
 So every kernel reads one unbroken stream, keeps its sums in registers over a tile, and meets each block twice: once as
 the continuation of the block before it.
@@ -121,11 +121,13 @@ def _by_block(streams: np.ndarray, shape: Layout, bits: int) -> np.ndarray:
 
 
 def _lines(plane: Plane) -> tuple[np.ndarray, np.ndarray]:
-    """Views of stream e [.., panels, 64] (T15: [.., 8, 2, 64]) and of stream o in the same order."""
+    """Views of stream e [.., panels, 64] and of stream o [.., panels, bytes]."""
     head, code = plane.bits.shape[:3], plane.code
     if code is T15:
-        trios = plane.bits.reshape(*head, PANELS // 2, 3 * LANES)
-        return trios[..., : 2 * LANES].reshape(*head, -1, 2, LANES), trios[..., 2 * LANES :].reshape(*head, -1, 2, 32)
+        middle = PANELS * LANES
+        return plane.bits[..., :middle].reshape(*head, PANELS, LANES), plane.bits[..., middle:].reshape(
+            *head, PANELS, 32
+        )
     lines = plane.bits.reshape(*head, PANELS, -1)
     return lines[..., :LANES], lines[..., LANES:]
 

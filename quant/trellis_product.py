@@ -59,12 +59,11 @@ def _levels_t20(data, tile, block, blocks, chain, panel):
 @kernel
 def _levels_t15(data, tile, block, blocks, chain, panel):
     after, turn = _following(block, 0, blocks)
-    other = _turned(panel, turn, chain)
-    here, there = tile + 1536 * block + 192 * (panel >> 1), tile + 1536 * after + 192 * (other >> 1)
-    prefetch(data, here + AHEAD + 64 * (panel & 1))
-    prefetch(data, here + AHEAD + 128)
-    o = load_nibbles(data, here + 128 + 32 * (panel & 1), there + 128 + 32 * (other & 1))
-    return levels_t15(load_u8x64(data, here + 64 * (panel & 1)), load_u8x64(data, there + 64 * (other & 1)), o)
+    here, there, other = tile + 1536 * block, tile + 1536 * after, _turned(panel, turn, chain)
+    prefetch(data, here + AHEAD + 96 * panel)
+    prefetch(data, here + AHEAD + 96 * panel + 64)
+    o = load_nibbles(data, here + 1024 + 32 * panel, there + 1024 + 32 * other)
+    return levels_t15(load_u8x64(data, here + 64 * panel), load_u8x64(data, there + 64 * other), o)
 
 
 @kernel

@@ -1,12 +1,12 @@
 """Eight steps of a trellis code in registers: the decoding half of the trellis kernels, emitted as LLVM vector code.
 
-A vector holds 64 lanes, one byte each. A window of a stream is its byte shifted right, with the next block's byte
-shifted in from above; only its low four bits mean anything. Lookups therefore ignore the others where the machine has
-an instruction that does (a table of 16 repeated four times under `vpermb`), and mask them elsewhere.
+A vector holds 64 lanes, one byte each. Four bits of a lane index a table of sixteen. Under AVX-512-VBMI (`vpermb`) an
+index has six bits, so a table repeated in the right order takes its four from bit 0, 1 or 2 of a byte and ignores what
+stands around them: most windows of a stream need neither shift nor mask. Elsewhere each is shifted down and masked.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -18,95 +18,110 @@ from quant.simd import I8, I16, I32, at, by_parts, call, constant, u8x64
 
 BYTES, WORDS = u8x64.ir, ir.VectorType(I16, 32)
 HAS_VBMI = ISA == "avx512vnni" and "avx512vbmi" in FEATURES
-SHUFFLES = {"avxvnni": ("llvm.x86.avx2.pshuf.b", 2), "avx2": ("llvm.x86.avx2.pshuf.b", 2)}
+SHUFFLES = {"avxvnni": "llvm.x86.avx2.pshuf.b", "avx2": "llvm.x86.avx2.pshuf.b"}
 
 
-def _table(table: Table) -> ir.Constant:
-    return ir.Constant(BYTES, [*table] * 4)
+class Window(NamedTuple):
+    """Four bits of every lane, from bit `place` up; what other bits hold is arbitrary under VBMI, else zero."""
+
+    lanes: Any
+    place: int
 
 
-def _nibbles(b: Any, x: Any) -> Any:
-    """What `_lookup` takes as indices."""
-    return x if HAS_VBMI else b.and_(x, constant(BYTES, 15))
-
-
-def _lookup(b: Any, table: Table, index: Any) -> Any:
-    """table[index & 15] in every lane, of indices made by `_nibbles` and exclusive or."""
+def _lookup(b: Any, table: Table, index: Window, place: int = 0) -> Any:
+    """The table's entry for every lane, shifted left by `place`."""
     if HAS_VBMI:
-        return call(b, "llvm.x86.avx512.permvar.qi.512", BYTES, _table(table), index)
+        entries = [table[i >> index.place & 15] << place for i in range(64)]
+        return call(b, "llvm.x86.avx512.permvar.qi.512", BYTES, ir.Constant(BYTES, entries), index.lanes)
+    assert index.place == place == 0
     if ISA == "avx512vnni":
-        return call(b, "llvm.x86.avx512.pshuf.b.512", BYTES, _table(table), index)
+        return call(b, "llvm.x86.avx512.pshuf.b.512", BYTES, ir.Constant(BYTES, [*table] * 4), index.lanes)
     if ISA in SHUFFLES:
-        name, parts = SHUFFLES[ISA]
-        return by_parts(b, name, BYTES, parts, _table(table), index)
+        return by_parts(b, SHUFFLES[ISA], BYTES, 2, ir.Constant(BYTES, [*table] * 4), index.lanes)
     found = constant(BYTES, table[0])  # any machine: one comparison per entry
     for value in range(1, 16):
-        hit = b.icmp_unsigned("==", index, constant(BYTES, value))
+        hit = b.icmp_unsigned("==", index.lanes, constant(BYTES, value))
         found = b.select(hit, constant(BYTES, table[value]), found)
     return found
 
 
-def _shifted(b: Any, x: Any, count: int) -> Any:
-    """Bytes shifted right, with bits of the neighbouring byte above the low four: no machine shifts bytes."""
-    if count == 0:
-        return x
-    return b.bitcast(b.lshr(b.bitcast(x, WORDS), constant(WORDS, count)), BYTES)
+def _crossed(b: Any, index: Window, table: Table, other: Window) -> Window:
+    """index ^ table[other]"""
+    return Window(b.xor(index.lanes, _lookup(b, table, other, index.place)), index.place)
 
 
-def _joined(b: Any, low: Any, high: Any) -> Any:
-    """The last four bits of `low` followed by the first four of `high`."""
-    upper = b.bitcast(b.shl(b.bitcast(high, WORDS), constant(WORDS, 4)), BYTES)
-    return b.or_(b.and_(_shifted(b, low, 4), constant(BYTES, 15)), b.and_(upper, constant(BYTES, 0xF0)))
+def _down(b: Any, x: Any, count: int) -> Any:
+    """Bytes shifted right, with bits of the neighbouring byte coming in from above: no machine shifts bytes."""
+    return b.bitcast(b.lshr(b.bitcast(x, WORDS), constant(WORDS, count)), BYTES) if count else x
 
 
-def _windows(b: Any, *stream: Any) -> list[Any]:
-    """Windows at t = 0, 1, ... of consecutive bytes of a stream, as far as four bits follow."""
-    found = []
-    for i, byte in enumerate(stream):
-        found += [_nibbles(b, _shifted(b, byte, k)) for k in range(4)]
-        if i + 1 < len(stream):
-            joined = _joined(b, byte, stream[i + 1])
-            found += [_nibbles(b, _shifted(b, joined, k)) for k in range(4)]
-    return found
+def _joined(b: Any, low: Any, high: Any, count: int) -> Any:
+    """The last `count` bits of the byte `low`, followed by the first of `high`."""
+    upper = b.bitcast(b.shl(b.bitcast(high, WORDS), constant(WORDS, count)), BYTES)
+    kept = constant(BYTES, (1 << count) - 1)
+    return b.or_(b.and_(_down(b, low, 8 - count), kept), b.and_(upper, b.not_(kept)))
 
 
-def _two(b: Any, code: Code, phase: int, first: Any, second: Any) -> Any:
+def _window(b: Any, stream: tuple[Any, ...], t: int, place: int, kept: int = 3) -> Window:
+    """Bits t..t+3 of consecutive bytes of a stream, at `place` if the machine may choose one.
+
+    Taken from one byte where they lie in one, else from its last `kept` bits joined with the next byte's first; what is
+    computed twice the compiler finds. Shifts are what is scarce.
+    """
+    place, kept = (place, kept) if HAS_VBMI else (0, 4)
+    byte, offset = divmod(t, 8)
+    inside, across = offset - place, offset - (8 - kept) - place
+    if across >= 0 and byte + 1 < len(stream):
+        lanes = _down(b, _joined(b, stream[byte], stream[byte + 1], kept), across)
+    else:
+        assert offset <= 4
+        lanes = _down(b, stream[byte], inside)
+    return Window(lanes if HAS_VBMI else b.and_(lanes, constant(BYTES, 15)), place)
+
+
+PLACES = (0, 1, 2, 0, 1, 0, 1, 2)  # by t % 8: three windows of a byte, two of it shifted by three, three across
+
+
+def _windows(b: Any, count: int, *stream: Any) -> list[Window]:
+    """Windows at t = 0 .. count - 1, shifted as little as possible."""
+    return [_window(b, stream, t, PLACES[t % 8]) for t in range(count)]
+
+
+def _level(b: Any, code: Code, phase: int, first: Window, second: Window) -> Any:
     return b.add(_lookup(b, code.a[phase], first), _lookup(b, code.b[phase], second))
 
 
 def _t20(b: Any, e: Any, e1: Any, o: Any, o1: Any) -> list[Any]:
-    at_e, at_o = _windows(b, e, e1), _windows(b, o, o1)
-    return [
-        _two(
-            b,
-            T20,
-            0,
-            b.xor(at_e[t], _lookup(b, T20.p, at_o[t + 2])),
-            b.xor(at_o[t], _lookup(b, T20.q, at_e[t + 2])),
-        )
-        for t in range(8)
-    ]
+    at_e, at_o = _windows(b, 10, e, e1), _windows(b, 10, o, o1)
+    levels = []
+    for t in range(8):
+        first = _crossed(b, at_e[t], T20.p, at_o[t + 2])
+        levels.append(_level(b, T20, 0, first, _crossed(b, at_o[t], T20.q, at_e[t + 2])))
+    return levels
+
+
+# Where T15's two windows of stream e stand at each step: the same for both steps that share one of stream o, so that
+# they share a lookup too.
+T15_FIRST, T15_SECOND = (0, 0, 2, 2, 0, 0, 2, 2), (0, 0, 1, 1, 0, 0, 1, 1)
 
 
 def _t15(b: Any, e: Any, e1: Any, o: Any) -> list[Any]:
     """`o` holds this block's four bits and the next block's."""
-    at_e = _windows(b, e, e1)
     levels = []
-    for m in range(4):
-        shared = _nibbles(b, _shifted(b, o, m))
-        p, q = _lookup(b, T15.p, shared), _lookup(b, T15.q, shared)
-        for phase in range(2):
-            t = 2 * m + phase
-            levels.append(_two(b, T15, phase, b.xor(at_e[t], p), b.xor(at_e[t + 3], q)))
+    for t in range(8):
+        shared = _window(b, (o,), t // 2, PLACES[t // 2])
+        first = _crossed(b, _window(b, (e, e1), t, T15_FIRST[t], 4), T15.p, shared)
+        second = _crossed(b, _window(b, (e, e1), t + 3, T15_SECOND[t], 4), T15.q, shared)
+        levels.append(_level(b, T15, t % 2, first, second))
     return levels
 
 
 def _t10(b: Any, e: Any, e1: Any, e2: Any) -> list[Any]:
-    at_e = _windows(b, e, e1, e2)
+    at_e = _windows(b, 16, e, e1, e2)
     levels = []
     for t in range(8):
-        p, q = _lookup(b, T10.p, at_e[t + 8]), _lookup(b, T10.q, at_e[t + 8])
-        levels.append(_two(b, T10, 0, b.xor(at_e[t], p), b.xor(at_e[t + 4], q)))
+        first, second = _crossed(b, at_e[t], T10.p, at_e[t + 8]), _crossed(b, at_e[t + 4], T10.q, at_e[t + 8])
+        levels.append(_level(b, T10, 0, first, second))
     return levels
 
 
