@@ -42,6 +42,7 @@ def load_kimi(options: ChatOptions, on_progress: OnProgress) -> Kimi:
         threads=options.threads,
         ctx=options.ctx,
         activations=options.activations.value,
+        verify=options.verify,
         on_progress=on_progress,
     )
     assert kimi.tokenizer is not None  # a second for a large vocabulary: better here than before the first answer

@@ -139,6 +139,7 @@ Ctx = Annotated[int | None, machine("--ctx", "--ctx-size", metavar="TOKENS", par
 Threads = Annotated[int | None, machine("--threads", metavar="N", min=1, help="Cores to compute on.")]
 Device = Annotated[str | None, machine("--device", metavar="NAME", help="cpu or cuda.")]
 ActivationsOption = Annotated[Activations, machine("--activations", help=_ACTIVATIONS, show_default=True)]
+Verify = Annotated[bool, machine("--verify", help="Compare every expert of a pack with its checksum first.")]
 Json = Annotated[bool, output("--json", help="One JSON object: text, reasoning, usage, timings, ...")]
 StreamJson = Annotated[bool, output("--stream-json", help="JSON lines as they come, then that object.")]
 Stats = Annotated[bool | None, output("--stats/--no-stats", help="Counts and speeds below answers.")]
@@ -183,6 +184,7 @@ class ChatOptions:
     threads: int | None = None
     device: str | None = None
     activations: Activations = Activations.int8
+    verify: bool = False
     json: bool = False
     stream_json: bool = False
     stats: bool | None = None

@@ -56,13 +56,15 @@ class Kimi:
         threads: int | None = None,
         ctx: int | None = None,
         activations: str = "int8",
+        verify: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
         on_progress: OnProgress | None = None,
     ) -> "Kimi":
         """Load a model directory; `None` is the demo model, built on first use.
 
         dtype bfloat16 (default) or float32, of the resident weights; activations int8 (default) or float32, of the
-        routed experts' inputs; ctx in tokens. Raises CheckpointError for a model that is missing, damaged or unknown,
+        routed experts' inputs; ctx in tokens; verify compares every expert of a pack with its checksum before it is
+        used (resident weights always are). Raises CheckpointError for a model that is missing, damaged or unknown,
         and DoesNotFit, before reading weights, when memory will not hold it.
         """
         if activations not in ("int8", "float32") or dtype not in (None, *DTYPES):
@@ -71,7 +73,7 @@ class Kimi:
         placement = Placement(
             choose_device(device), DTYPES[dtype or "bfloat16"], activations == "float32", use_threads(threads)
         )
-        checkpoint = open_checkpoint(_demo(report) if path is None else path)
+        checkpoint = open_checkpoint(_demo(report) if path is None else path, verify=verify)
         config = checkpoint.config
         tokens = min(ctx or DEFAULT_CTX, config.max_position_embeddings)
         if ctx and ctx > tokens:

@@ -94,7 +94,7 @@ def _int4_layer(gigabytes: float, rng: np.random.Generator, shape: Shape) -> Lay
 
 def _trellis_layer(name: str, gigabytes: float, rng: np.random.Generator, shape: Shape) -> Layer:
     sides = shape.gate_up, shape.down
-    blobs = [_random_matrix(name, *side, rng) for side in sides]
+    blobs = [random_matrix(name, *side, rng) for side in sides]
     expert_bytes = sum(len(blob) for blob in blobs)
     count = enough(gigabytes, expert_bytes)
     data = aligned.empty((count, expert_bytes))
@@ -107,7 +107,7 @@ def _trellis_layer(name: str, gigabytes: float, rng: np.random.Generator, shape:
     return Layer(name, shape, count, expert_bytes, _whole(data), step, (gate_up, down), turns)
 
 
-def _random_matrix(name: str, rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
+def random_matrix(name: str, rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
     blob = rng.integers(0, 256, trellis.matrix_bytes(name, rows, columns), np.uint8)
     for plane in trellis.planes(name, blob, trellis.layout(rows, columns)):
         plane.scales[:] = to_bits(rng.uniform(5e-4, 1e-3, plane.scales.shape).astype(np.float32))
