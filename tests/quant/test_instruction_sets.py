@@ -10,18 +10,22 @@ import pytest
 from quant.cpu import _features, instruction_set
 
 CPUS = {
+    "avx512vnni": (  # without VBMI, as Cascade Lake
+        "cascadelake",
+        "+avx2,+avx512f,+avx512bw,+avx512cd,+avx512dq,+avx512vl,+avx512vnni,+fma,+bmi,+bmi2,+popcnt,+f16c",
+    ),
     "avx2": ("haswell", "+avx2,+fma,+bmi,+bmi2,+popcnt,+f16c"),
     "avxvnni": ("haswell", "+avx2,+avx512f,+avx512vl,+avx512vnni,+fma,+bmi,+bmi2,+popcnt,+f16c"),
     "generic": ("nehalem", "+sse4.2,+popcnt"),
 }
 
-TESTS = ("int4_g32", "int8_g32", "linear", "activations", "swiglu", "bf16", "rotation", "trellis_moe")
+TESTS = ("int4_g32", "int8_g32", "linear", "activations", "swiglu", "bf16", "rotation", "trellis_moe", "viterbi")
 
 
 @pytest.mark.parametrize("isa", CPUS)
 def test_kernels_are_exact(isa: str, tmp_path: Path) -> None:
     name, features = CPUS[isa]
-    needed = {"avx2": "avx2", "avxvnni": "avx512vnni", "generic": "sse4.2"}[isa]
+    needed = {"avx2": "avx2", "generic": "sse4.2"}.get(isa, "avx512vnni")
     if needed not in _features():
         pytest.skip(f"this CPU has no {needed}")
     environment = os.environ | {
