@@ -22,6 +22,9 @@ DISTORTION = {"trellis1": 0.274, "trellis1_5": 0.144, "trellis2": 0.0737, "trell
 # Published one-layer-at-a-time losses of this family fall from 29.6 % at the first MoE layer to 9.4 % at the last.
 FIRST_LAYER, LAST_LAYER = 29.6, 9.4
 MATRIX_WEIGHT = (2.0, 1.75)  # gate_up is two matrices of weight 1; an error in down hurts 1.75 times as much
+# The power of use times share that an error's harm goes with. Errors do not stay where they arise: on the demo model at
+# 2.0 bits, KL was 0.51 with 0 (all experts alike), 0.44 with 0.25, 0.52 with 0.5, 0.68 with 1 and the default's depth.
+MODERATION = 0.25
 SHRINKAGE = 1.0  # pseudo-counts per expert, in units of the mean count
 
 
@@ -47,12 +50,13 @@ def frequencies(counts: np.ndarray) -> np.ndarray:
 
 
 def calibrated_sensitivities(counts: np.ndarray, output_ms: np.ndarray, residual_ms: np.ndarray) -> np.ndarray:
-    """fp64 [layers, experts, 2]: use times the share of an expert's output in the residual stream it is added to.
+    """fp64 [layers, experts, 2]: use times the share of an expert's output in the residual stream it is added to,
+    both moderated. They know the depth of the model better than any default.
 
     counts [layers, experts]; output_ms [layers, experts], mean squares of weighted outputs; residual_ms [layers].
     """
     share = _shrunk(output_ms, counts) / np.maximum(residual_ms, 1e-30)[:, None]
-    return default_sensitivities(*counts.shape) * (frequencies(counts) * share)[:, :, None]
+    return np.array(MATRIX_WEIGHT) * ((frequencies(counts) * share) ** MODERATION)[:, :, None]
 
 
 def _shrunk(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
