@@ -128,12 +128,10 @@ def _read(terminal: int) -> bytes:
         return b""
 
 
-def test_help_is_quick() -> None:
-    best = 9.0
-    for _ in range(5):  # other processes may be using the cores
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "cli.main", "quantize", "--help"], capture_output=True, text=True)
-        best = min(best, time.perf_counter() - began)
-    assert best < 0.5, best
+def test_help_names_the_options_and_loads_nothing_heavy() -> None:
+    heavy = "import sys; loaded = {'torch', 'numba', 'numpy'} & set(sys.modules); assert not loaded, loaded"
+    program = f"from cli.main import main\ntry: main(['quantize', '--help'])\nfinally: {heavy}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     for option in ("--ram", "--bits", "--mix", "--resident", "--calibration", "--delete-source", "--report"):
         assert option in done.stdout
