@@ -26,9 +26,8 @@ def test_help_begins_with_examples() -> None:
     text = done.stdout
     assert done.returncode == 0 and "Examples" in text
     assert text.index("kimi-local chat -p") < text.index("--version")
-    assert {"chat", "doctor", "pull", "bench", "quantize", "calibrate", "compare"} <= set(
-        re.findall(r"^│ (\w+) ", text, re.MULTILINE)
-    )
+    commands = set(re.findall(r"^│ (\w+) ", text, re.MULTILINE))
+    assert {"chat", "doctor", "pull", "bench", "quantize", "calibrate", "compare"} <= commands
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:
