@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from hybrid.checkpoint.durable import move_durably, sync
 from hybrid.checkpoint.header import ITEMSIZE, Header, damaged, read_header
 from hybrid.checkpoint.hf import Checkpoint, map_file, read_json
 from hybrid.checkpoint.write import write_header
@@ -181,7 +182,7 @@ class CalibrationWriter:
         """Declare the directory complete; returns it."""
         if not self.is_complete:
             os.rename(self.directory / UNFINISHED, self.directory / COMPLETE)
-            _fsync_directory(self.directory)
+            sync(self.directory)
         for path in self._residuals():
             path.unlink()
         return self.directory
@@ -225,18 +226,7 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("wb") as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _fsync_directory(path.parent)
-
-
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    move_durably(temporary, path)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

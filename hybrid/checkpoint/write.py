@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from hybrid.checkpoint.durable import sync
 from hybrid.checkpoint.names import is_vision
 from hybrid.errors import CheckpointError
 
@@ -133,12 +134,12 @@ class CheckpointWriter:
             data = content.encode() if isinstance(content, str) else content
             (self.staging / name).write_bytes(data)
         for path in self.staging.iterdir():
-            _fsync(path)
+            sync(path)
         self.staging.chmod(0o755)
-        _fsync(self.staging)
+        sync(self.staging)
         _refuse_existing(self.directory)
         os.rename(self.staging, self.directory)
-        _fsync(self.directory.parent)
+        sync(self.directory.parent)
         return self.directory
 
     def _write_shard(self) -> None:
@@ -195,11 +196,3 @@ def pack_int4(codes: np.ndarray) -> np.ndarray:
 def _refuse_existing(directory: Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise CheckpointError(f"{directory} already exists.", "Choose another directory or remove this one.")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from hybrid.convert.durable import write_durably
+from hybrid.checkpoint.durable import write_durably
 
 
 class Entry(NamedTuple):

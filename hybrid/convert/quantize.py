@@ -12,8 +12,8 @@ from typing import Any
 
 from hybrid.checkpoint.blob import Shapes
 from hybrid.checkpoint.calibration import open_calibration
+from hybrid.checkpoint.durable import alone, explained
 from hybrid.checkpoint.manifest import Manifest, is_pack, read_manifest
-from hybrid.convert.durable import alone, explained
 from hybrid.convert.experts import worker_count
 from hybrid.convert.plan import SHARDS, Plan, Settings, arguments, make_plan, require_same
 from hybrid.convert.run import Reports, Run, require_space

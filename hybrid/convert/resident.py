@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from hybrid.checkpoint import Checkpoint
+from hybrid.checkpoint.durable import move_durably
 from hybrid.checkpoint.header import ITEMSIZE, Entry
 from hybrid.checkpoint.hf import is_absorbed, loaded_bytes
 from hybrid.checkpoint.manifest import ResidentRecord
 from hybrid.checkpoint.write import write_header
 from hybrid.config import ModelConfig
-from hybrid.convert.durable import move_durably
 from quant import int4_g32, int8_g32
 
 STORED = {"bf16": 16.0, "int8": int8_g32.BITS_PER_WEIGHT, "int4": int4_g32.BITS_PER_WEIGHT}  # choices and their bits

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from hybrid.checkpoint import Checkpoint, hf
 from hybrid.checkpoint.deep import download_sha256
+from hybrid.checkpoint.durable import sync
 from hybrid.checkpoint.header import REFETCH, damaged, read_header
 from hybrid.checkpoint.manifest import MANIFEST, UNFINISHED, FileRecord, fingerprint, is_pack
 from hybrid.checkpoint.names import is_vision, layer_of, normalise
 from hybrid.checkpoint.write import CHECKSUMS, INDEX
 from hybrid.config import ModelConfig
-from hybrid.convert.durable import sync
 from hybrid.errors import CheckpointError, UsageError
 
 # What describes a model beside its weights. Never code: nothing from a model directory is executed.

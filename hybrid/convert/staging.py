@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hybrid.checkpoint.blob import FORMATS
+from hybrid.checkpoint.durable import sync, write_durably
 from hybrid.checkpoint.hf import read_json
 from hybrid.checkpoint.manifest import (
     MANIFEST,
@@ -31,7 +32,6 @@ from hybrid.checkpoint.manifest import (
     render,
     resident_form,
 )
-from hybrid.convert.durable import sync, write_durably
 from hybrid.convert.plan import Plan
 
 

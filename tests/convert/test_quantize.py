@@ -270,7 +270,7 @@ def test_what_cannot_be_quantized(tmp_path: Path, source: Path) -> None:
 
 
 def test_only_one_process_writes_a_pack(tmp_path: Path, source: Path) -> None:
-    from hybrid.convert.durable import alone
+    from hybrid.checkpoint.durable import alone
 
     (tmp_path / "pack.partial").mkdir()
     with alone(tmp_path / "pack.partial"), pytest.raises(KimiError, match="another process"):
