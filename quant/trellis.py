@@ -167,13 +167,6 @@ def to_matrix(values: np.ndarray, shape: Layout) -> np.ndarray:
     return split.transpose(0, 6, 3, 1, 2, 5, 4).reshape(shape.padded_rows, shape.tiles * COLUMNS)
 
 
-def from_matrix(matrix: np.ndarray, shape: Layout) -> np.ndarray:
-    """The inverse of `to_matrix`."""
-    split = matrix.reshape(shape.slabs, shape.steps, 16, shape.tiles, PANELS // shape.chain, shape.chain, 4)
-    sequences = split.transpose(0, 3, 4, 2, 6, 5, 1)
-    return sequences.reshape(shape.slabs, shape.tiles, PANELS // shape.chain, LANES, shape.chain * shape.steps)
-
-
 # --- meaning ---------------------------------------------------------------------------------------------------------
 
 
