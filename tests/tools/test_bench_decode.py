@@ -15,19 +15,9 @@ import torch
 from hybrid import Kimi
 from hybrid.checkpoint.tiny import make_tiny
 from hybrid.errors import DoesNotFit, KimiError
+from tests.tools.sizes import SMALL
 
 TOOLS = Path(__file__).parents[2] / "tools"
-SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 256,
-    "num_attention_heads": 4,
-    "q_lora_rank": 256,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 64,
-}
 QUICK = ["--threads=1", "--rounds=2", "--tokens=3", "--prompt=10", "--ceiling-mb=8"]
 
 needs_llama = pytest.mark.skipif(

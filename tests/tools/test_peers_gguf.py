@@ -16,19 +16,9 @@ import pytest
 from hybrid.checkpoint.tiny import tiny_config
 from hybrid.config import ModelConfig
 from hybrid.errors import UsageError
+from tests.tools.sizes import SMALL
 
 TOOLS = Path(__file__).parents[2] / "tools"
-SMALL = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 256,
-    "num_attention_heads": 4,
-    "q_lora_rank": 256,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 64,
-}
 K25 = {
     "hidden_size": 7168,
     "intermediate_size": 18432,
