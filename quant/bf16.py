@@ -5,13 +5,25 @@ results agree with a plain product to rounding, not to the bit.
 """
 
 import numpy as np
-from numba import njit, prange
+from numba import get_num_threads, njit, prange
 
-from quant.simd import bf16_to_f32, fma_f32, kernel, load_f32x16, load_i16x16, reduce_f32, splat_f32, store_f32x16
+from quant import aligned
+from quant.simd import (
+    atomic_add,
+    bf16_to_f32,
+    fma_f32,
+    kernel,
+    load_f32x16,
+    load_i16x16,
+    reduce_f32,
+    splat_f32,
+    store_f32x16,
+)
 
 LANES, ROWS = 16, 4
 ALONE = 1 << 20  # bytes of weights below which waking other threads costs more than they save
 PIECE = 128 * 1024  # bytes of weights one loop iteration handles
+BLOCK = 64  # rows of a head that are summed together
 NEAR = 16  # rows of which a sum takes a column at a time
 
 
@@ -33,12 +45,32 @@ def multiply(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
     return y
 
 
-def multiply_heads(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """A matrix per head: weights [heads, rows, columns], x [tokens, heads, columns] -> [tokens, heads, rows]."""
+def pack_heads(weights: np.ndarray) -> np.ndarray:
+    """Bits int16 [heads, rows, columns] -> [heads, rows / 64 rounded up, columns, 64], as `multiply_heads` reads them.
+
+    Sums of 64 rows stay in registers while one unbroken stream passes. Rows that are missing become zeros.
+    """
     heads, rows, columns = weights.shape
-    assert supports(rows, columns) and x.shape[1:] == (heads, columns)
-    y = np.empty((len(x), heads, rows), np.float32)
-    (_heads_together if weights.nbytes > ALONE else _heads_alone)(weights, x, y)
+    blocks = -(-rows // BLOCK)
+    out = aligned.empty((2 * heads * blocks * columns * BLOCK,)).view(np.int16).reshape(heads, blocks, columns, BLOCK)
+    padded = np.pad(weights, ((0, 0), (0, blocks * BLOCK - rows), (0, 0)))
+    out[:] = padded.reshape(heads, blocks, BLOCK, columns).transpose(0, 1, 3, 2)
+    return out
+
+
+def multiply_heads(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """A matrix per head: weights from `pack_heads`, x fp32 [tokens, heads, columns], C-contiguous, -> fp32 [tokens,
+    heads, rows rounded up to 64]."""
+    heads, blocks, columns, _ = weights.shape
+    assert x.shape[1:] == (heads, columns)
+    y = np.empty((len(x), heads, blocks * BLOCK), np.float32)
+    flat = weights.reshape(heads * blocks, columns * BLOCK)
+    step = max(1, PIECE // flat[0].nbytes)
+    threads = get_num_threads() if weights.nbytes > ALONE else 1
+    if threads > 1:
+        _heads_together(flat, x, y, np.zeros(8, np.int64), step, threads)
+    else:
+        _heads_alone(flat, x, y)
     return y
 
 
@@ -69,21 +101,48 @@ def _alone(weights, x, y, step):
 
 
 @njit(parallel=True, cache=True)
-def _heads_together(weights, x, y):
-    for head in prange(weights.shape[0]):
-        _head(weights, x, y, head)
+def _heads_together(weights, x, y, next_piece, step, threads):
+    for _ in prange(threads):
+        _take_blocks(weights, x, y, next_piece, step)
 
 
 @njit(cache=True)
 def _heads_alone(weights, x, y):
-    for head in range(weights.shape[0]):
-        _head(weights, x, y, head)
+    for block in range(weights.shape[0]):
+        _head_block(weights[block], block, x, y)
 
 
 @kernel
-def _head(weights, x, y, head):
-    for t in range(x.shape[0]):
-        _rows(weights[head], x[t, head : head + 1], y[t, head : head + 1], 0, weights.shape[1])
+def _take_blocks(weights, x, y, next_piece, step):
+    """One thread: take pieces of `step` blocks until none is left."""
+    blocks = weights.shape[0]
+    while True:
+        start = step * atomic_add(next_piece, 0, 1)
+        if start >= blocks:
+            break
+        for block in range(start, min(start + step, blocks)):
+            _head_block(weights[block], block, x, y)
+
+
+@kernel
+def _head_block(weights, block, x, y):
+    """Sixty-four rows of one head for every token."""
+    per_head = y.shape[2] // BLOCK
+    head, place = block // per_head, 4 * BLOCK * (block % per_head)
+    for token in range(x.shape[0]):
+        inputs, out = x[token, head], y[token, head]
+        a = splat_f32(np.float32(0))
+        b, c, d = a, a, a
+        for column in range(inputs.size):
+            value, at = splat_f32(inputs[column]), 2 * BLOCK * column
+            a = fma_f32(bf16_to_f32(load_i16x16(weights, at)), value, a)
+            b = fma_f32(bf16_to_f32(load_i16x16(weights, at + 32)), value, b)
+            c = fma_f32(bf16_to_f32(load_i16x16(weights, at + 64)), value, c)
+            d = fma_f32(bf16_to_f32(load_i16x16(weights, at + 96)), value, d)
+        store_f32x16(out, place, a)
+        store_f32x16(out, place + 64, b)
+        store_f32x16(out, place + 128, c)
+        store_f32x16(out, place + 192, d)
 
 
 @kernel

@@ -13,27 +13,33 @@ from typing import NamedTuple
 
 import numpy as np
 
-from quant import aligned
-from quant.activations import Activations, row
+from quant import aligned, int4_g32
+from quant.activations import Activations
 from quant.cpu import ISA
-from quant.int4_g32 import multiply_codes
 from quant.scales import from_bits, to_bits
 from quant.simd import (
     abs_i8,
     add_f32,
     bf16_to_f32,
     broadcast4,
+    constant,
     dot4,
     dot4_small,
     flip_sign,
+    high_nibbles_down,
     kernel,
     load_i16x16,
     load_u8x64,
+    low_nibbles,
     mul_f32,
+    operation,
     sign_i8,
     splat_f32,
     splat_i32,
+    store_i16x16,
+    store_u8x64,
     to_f32,
+    u8x64,
 )
 
 BITS_PER_WEIGHT = 8.5
@@ -99,7 +105,7 @@ def decode(blocks: np.ndarray, columns: int) -> np.ndarray:
 def multiply(blocks: np.ndarray, x: Activations) -> np.ndarray:
     """What the kernels compute, bit for bit, in NumPy: fp32 [tokens, rows] of one matrix times int8 activations."""
     codes, bits = unpack(blocks, blocks.shape[1] * COLUMNS)
-    return multiply_codes(codes.astype(np.int32), bits, x)
+    return int4_g32.multiply_codes(codes.astype(np.int32), bits, x)
 
 
 # --- the tile product: thirty-two rows at a time -------------------------------------------------------------------
@@ -162,10 +168,8 @@ def dot_tile(blocks, offset, groups, x):
 
 
 @kernel
-def dot_tile4(blocks, offset, groups, x, token):
-    """`dot_tile` for rows `token` to token + 3 of `Activations`: four f32x16 of the first sixteen rows, four of the
-    others."""
-    tokens = row(x, token), row(x, token + 1), row(x, token + 2), row(x, token + 3)
+def dot_tile4(blocks, offset, groups, tokens):
+    """`dot_tile` for four tokens, each a `Row`: four f32x16 of the first sixteen rows, four of the others."""
     zero = splat_f32(np.float32(0))
     low = zero, zero, zero, zero
     high = low
@@ -216,3 +220,28 @@ def _add4(totals, sums, step, tokens, group):
         _add(c, sums[2], step, r.scales[group]),
         _add(d, sums[3], step, s.scales[group]),
     )
+
+
+# --- INT4 tiles as int8: worth it where a tile meets many tokens -----------------------------------------------------
+
+_to_code = operation(u8x64, (u8x64,), lambda b, x: b.add(x, constant(u8x64.ir, ZERO - int4_g32.ZERO)))
+
+
+def widened_bytes(wide: int) -> int:
+    """Of an INT4 tile of `wide` blocks as this format stores it."""
+    return 2 * wide * BLOCK
+
+
+@kernel
+def widen(blocks, offset, wide, out):
+    """Write to `out` the tile of int4_g32, `wide` blocks from byte `offset`, as this format stores the same weights."""
+    for half_block in range(2 * wide):
+        source, half = offset + int4_g32.HALF * half_block, half_block % 2
+        for group in range(2):
+            target = BLOCK * (half_block // 2 * 2 + group)
+            for line in range(4):
+                codes = load_u8x64(blocks, source + 256 * group + 64 * line)
+                store_u8x64(out, target + 256 * line + 64 * half, _to_code(low_nibbles(codes)))
+                store_u8x64(out, target + 256 * line + 64 * half + 128, _to_code(high_nibbles_down(codes)))
+            scales = load_i16x16(blocks, source + 512 + 32 * group)
+            store_i16x16(out, target + CODES + 32 * half, scales)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import get_num_threads, njit, prange, types
 
-from quant import activations
+from quant import activations, aligned, int8_g32
 from quant.activations import encode_group, encode_token, row
 from quant.int4_g32 import BLOCK, ROWS, Int4G32, dot_tile, multiply
 from quant.simd import add_f32, atomic_add, kernel, load_f32x16, mul_f32, splat_f32, store_f32x16
@@ -22,6 +22,7 @@ from quant.swiglu import swiglu, swiglu_lanes
 
 SMALLEST_TASK, LARGEST_TASK = 64 * 1024, 2 * 1024 * 1024  # bytes of weights
 TASKS_PER_THREAD = 24
+WIDEN = 8  # tokens of an expert from which on a tile is first widened to int8, in the cache, and serves four at a time
 yield_processor = types.ExternalFunction("sched_yield", types.int32())  # libc: lets a preempted peer finish its task
 
 
@@ -88,7 +89,10 @@ def moe(experts: Experts, x: np.ndarray, topk_ids: np.ndarray, topk_weights: np.
     raw = np.empty((topk_ids.size, stack.shape[1] * 32), np.float32)
     y = np.empty((tokens, hidden), np.float32)
     counters = np.zeros(16, np.int64)
-    _moe(*experts, topk_ids, topk_weights, x, inputs, inner, raw, y, counters, get_num_threads())
+    threads = get_num_threads()
+    wide = max(matrix.blocks.shape[2] for matrix in experts) if tokens >= WIDEN else 0
+    widened = aligned.empty((threads, int8_g32.widened_bytes(wide)))
+    _moe(*experts, topk_ids, topk_weights, x, inputs, inner, raw, y, widened, counters)
     return y
 
 
@@ -108,24 +112,24 @@ def moe_reference(experts: Experts, x: np.ndarray, topk_ids: np.ndarray, topk_we
 
 
 @njit(cache=True)
-def _moe(gate_up, down, topk_ids, topk_weights, x, inputs, inner, raw, y, counters, threads):
+def _moe(gate_up, down, topk_ids, topk_weights, x, inputs, inner, raw, y, widened, counters):
     pairs = group_by_expert(topk_ids, topk_weights, gate_up.blocks.shape[0])
     size = pairs.experts.size * (gate_up.blocks[0].size + down.blocks[0].size)
-    task = min(max(size // (TASKS_PER_THREAD * threads), SMALLEST_TASK), LARGEST_TASK)
-    _launch(gate_up, down, pairs, x, inputs, inner, raw, y, counters, threads, task)
+    task = min(max(size // (TASKS_PER_THREAD * len(widened)), SMALLEST_TASK), LARGEST_TASK)
+    _launch(gate_up, down, pairs, x, inputs, inner, raw, y, widened, counters, task)
 
 
 @njit(parallel=True, cache=True)
-def _launch(gate_up, down, pairs, x, inputs, inner, raw, y, counters, threads, task):
-    for _ in prange(threads):
-        _work(gate_up, down, pairs, x, inputs, inner, raw, y, counters, task)
+def _launch(gate_up, down, pairs, x, inputs, inner, raw, y, widened, counters, task):
+    for thread in prange(len(widened)):
+        _work(gate_up, down, pairs, x, inputs, inner, raw, y, widened[thread], counters, task)
 
 
 NEXT, DONE = 0, 8  # counters on cache lines of their own
 
 
 @kernel
-def _work(gate_up, down, pairs, x, inputs, inner, raw, y, counters, task_bytes):
+def _work(gate_up, down, pairs, x, inputs, inner, raw, y, widened, counters, task_bytes):
     """One thread: take tasks, of `task_bytes` of weights, until none is left.
 
     First come tokens to encode, then gate and up, then down.
@@ -148,11 +152,11 @@ def _work(gate_up, down, pairs, x, inputs, inner, raw, y, counters, task_bytes):
             wait(counters, tokens)
             start = (task - tokens) % per_expert * group_step
             active = (task - tokens) // per_expert
-            _gate_up(gate_up, pairs, active, start, min(start + group_step, groups), inputs, inner, raw)
+            _gate_up(gate_up, pairs, active, start, min(start + group_step, groups), inputs, inner, raw, widened)
         else:
             wait(counters, inner_done)
             start = (task - inner_done) * tile_step
-            _down(down, pairs, start, min(start + tile_step, tiles), inner, y)
+            _down(down, pairs, start, min(start + tile_step, tiles), inner, y, widened)
         atomic_add(counters, DONE, 1)
 
 
@@ -164,22 +168,49 @@ def wait(counters, tasks):
 
 
 @kernel
-def _gate_up(gate_up, pairs, active, start, stop, inputs, inner, raw):
+def _gate_up(gate_up, pairs, active, start, stop, inputs, inner, raw, widened):
     """Groups start..stop of 32 inner values for every token of one expert: gate, up, then SwiGLU and int8.
 
     The products go through memory so that the stream of weights never waits for the arithmetic on their sums.
     """
     wide = gate_up.blocks.shape[2]
     flat = gate_up.blocks[pairs.experts[active]].reshape(-1)
+    first, last = pairs.starts[active], pairs.starts[active + 1]
     for tile in range(2 * start, 2 * stop):
-        for pair in range(pairs.starts[active], pairs.starts[active + 1]):
-            gate, up = dot_tile(flat, tile * wide * BLOCK, wide, row(inputs, pairs.tokens[pair]))
-            store_f32x16(raw[pair], 128 * tile, gate)
-            store_f32x16(raw[pair], 128 * tile + 64, up)
-    for pair in range(pairs.starts[active], pairs.starts[active + 1]):
+        at, fours = tile * wide * BLOCK, _fours(first, last)
+        if fours > first:
+            int8_g32.widen(flat, at, wide, widened)
+        for pair in range(first, fours, 4):
+            _gate_up_four(widened, wide, inputs, pairs.tokens[pair : pair + 4], raw[pair : pair + 4], 128 * tile)
+        for pair in range(fours, last):
+            gate, up = dot_tile(flat, at, wide, row(inputs, pairs.tokens[pair]))
+            _store(raw[pair], 128 * tile, gate, up)
+    for pair in range(first, last):
         products, out = raw[pair], row(inner, pair)
         for group in range(start, stop):
             encode_group(_swiglu_at(products, 256 * group), _swiglu_at(products, 256 * group + 128), out, group)
+
+
+@kernel
+def _fours(first, last):
+    """Where pairs first..last that are taken by fours end; the rest is taken one by one."""
+    return first + (last - first) // 4 * 4 if last - first >= WIDEN else first
+
+
+@kernel
+def _gate_up_four(widened, wide, inputs, tokens, raw, at):
+    rows = row(inputs, tokens[0]), row(inputs, tokens[1]), row(inputs, tokens[2]), row(inputs, tokens[3])
+    gate, up = int8_g32.dot_tile4(widened, 0, 2 * wide, rows)
+    _store(raw[0], at, gate[0], up[0])
+    _store(raw[1], at, gate[1], up[1])
+    _store(raw[2], at, gate[2], up[2])
+    _store(raw[3], at, gate[3], up[3])
+
+
+@kernel
+def _store(out, at, low, high):
+    store_f32x16(out, at, low)
+    store_f32x16(out, at + 64, high)
 
 
 @kernel
@@ -188,20 +219,36 @@ def _swiglu_at(products, offset):
 
 
 @kernel
-def _down(down, pairs, start, stop, inner, y):
+def _down(down, pairs, start, stop, inner, y, widened):
     """Output rows 32 * start to 32 * stop of every token, all experts."""
     wide = down.blocks.shape[2]
     y[:, ROWS * start : ROWS * stop] = np.float32(0)
     for active in range(pairs.experts.size):
         flat = down.blocks[pairs.experts[active]].reshape(-1)
+        first, last = pairs.starts[active], pairs.starts[active + 1]
         for tile in range(start, stop):
-            for pair in range(pairs.starts[active], pairs.starts[active + 1]):
-                low, high = dot_tile(flat, tile * wide * BLOCK, wide, row(inner, pair))
-                out = y[pairs.tokens[pair]]
-                _add_weighted(out, 128 * tile, pairs.weights[pair], low)
-                _add_weighted(out, 128 * tile + 64, pairs.weights[pair], high)
+            at, fours = tile * wide * BLOCK, _fours(first, last)
+            if fours > first:
+                int8_g32.widen(flat, at, wide, widened)
+            for pair in range(first, fours, 4):
+                _down_four(widened, wide, inner, pairs, pair, y, 128 * tile)
+            for pair in range(fours, last):
+                low, high = dot_tile(flat, at, wide, row(inner, pair))
+                _add_weighted(y, pairs, pair, 128 * tile, low, high)
 
 
 @kernel
-def _add_weighted(out, offset, weight, product):
-    store_f32x16(out, offset, add_f32(load_f32x16(out, offset), mul_f32(splat_f32(weight), product)))
+def _down_four(widened, wide, inner, pairs, pair, y, at):
+    rows = row(inner, pair), row(inner, pair + 1), row(inner, pair + 2), row(inner, pair + 3)
+    low, high = int8_g32.dot_tile4(widened, 0, 2 * wide, rows)
+    _add_weighted(y, pairs, pair, at, low[0], high[0])
+    _add_weighted(y, pairs, pair + 1, at, low[1], high[1])
+    _add_weighted(y, pairs, pair + 2, at, low[2], high[2])
+    _add_weighted(y, pairs, pair + 3, at, low[3], high[3])
+
+
+@kernel
+def _add_weighted(y, pairs, pair, at, low, high):
+    out, weight = y[pairs.tokens[pair]], splat_f32(pairs.weights[pair])
+    store_f32x16(out, at, add_f32(load_f32x16(out, at), mul_f32(weight, low)))
+    store_f32x16(out, at + 64, add_f32(load_f32x16(out, at + 64), mul_f32(weight, high)))

@@ -5,6 +5,7 @@ tile's weights are read from memory once for all tokens. From four tokens on, in
 from eight on, an INT4 tile is first widened to int8, in the cache, and treated the same (a third faster).
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -13,20 +14,7 @@ from numba import get_num_threads, njit, prange
 
 from quant import activations, aligned, int4_g32, int8_g32
 from quant.activations import encode_token, row
-from quant.simd import (
-    atomic_add,
-    constant,
-    high_nibbles_down,
-    kernel,
-    load_i16x16,
-    load_u8x64,
-    low_nibbles,
-    operation,
-    store_f32x16,
-    store_i16x16,
-    store_u8x64,
-    u8x64,
-)
+from quant.simd import atomic_add, kernel, store_f32x16
 
 FORMATS: dict[str, ModuleType] = {"int4_g32": int4_g32, "int8_g32": int8_g32}
 ROWS = 32
@@ -76,6 +64,21 @@ def encode(name: str, weights: np.ndarray) -> Matrix:
     return (pack_int4 if name == "int4_g32" else pack_int8)(*FORMATS[name].encode(weights))
 
 
+def can_join(matrices: Sequence[Matrix]) -> bool:
+    """Whether `join` takes them: one format, one width, and whole tiles of rows but for the last."""
+    alike = len({(matrix.format, matrix.columns) for matrix in matrices}) == 1
+    return alike and all(matrix.rows % ROWS == 0 for matrix in matrices[:-1])
+
+
+def join(matrices: Sequence[Matrix]) -> Matrix:
+    """The matrices one below the other."""
+    assert can_join(matrices)
+    tiles = [matrix.blocks for matrix in matrices]
+    blocks = aligned.empty((sum(len(part) for part in tiles), *tiles[0].shape[1:]))
+    np.concatenate(tiles, out=blocks)
+    return Matrix(matrices[0].format, blocks, sum(matrix.rows for matrix in matrices), matrices[0].columns)
+
+
 def decode(matrix: Matrix) -> np.ndarray:
     """fp32 [rows, columns]: what the matrix means."""
     return FORMATS[matrix.format].decode(matrix.blocks, matrix.columns)[: matrix.rows]
@@ -97,7 +100,7 @@ def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
     work = Work(
         matrix.blocks.reshape(tiles, -1),
         narrow,
-        aligned.empty((threads, _widened_bytes(matrix) if narrow and tokens >= WIDEN else 0)),
+        aligned.empty((threads, int8_g32.widened_bytes(matrix.blocks.shape[1]) if narrow and tokens >= WIDEN else 0)),
         np.empty((tokens, ROWS * tiles), np.float32),
         np.zeros(8, np.int64),
         max(1, min(tiles // (TASKS_PER_THREAD * threads), LARGEST_TASK * tiles // max(1, matrix.nbytes))),
@@ -107,11 +110,6 @@ def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
     else:
         _alone(x, inputs, work)
     return work.y if matrix.rows == ROWS * tiles else np.ascontiguousarray(work.y[:, : matrix.rows])
-
-
-def _widened_bytes(matrix: Matrix) -> int:
-    """Of one INT4 tile as int8_g32 stores it."""
-    return 2 * matrix.blocks.shape[1] * int8_g32.BLOCK
 
 
 class Work(NamedTuple):
@@ -163,7 +161,7 @@ def _tile(work, inputs, tile, widened):
     if not work.narrow:
         _int8_tile(weights, weights.size // int8_g32.BLOCK, inputs, work.y, tile)
     elif tokens >= WIDEN:
-        _widen(weights, widened)
+        int8_g32.widen(weights, 0, weights.size // int4_g32.BLOCK, widened)
         _int8_tile(widened, widened.size // int8_g32.BLOCK, inputs, work.y, tile)
     else:
         for token in range(tokens):
@@ -175,7 +173,8 @@ def _tile(work, inputs, tile, widened):
 def _int8_tile(weights, groups, inputs, y, tile):
     fours = y.shape[0] // 4 * 4
     for token in range(0, fours, 4):
-        low, high = int8_g32.dot_tile4(weights, 0, groups, inputs, token)
+        rows = row(inputs, token), row(inputs, token + 1), row(inputs, token + 2), row(inputs, token + 3)
+        low, high = int8_g32.dot_tile4(weights, 0, groups, rows)
         _store(y[token], tile, low[0], high[0])
         _store(y[token + 1], tile, low[1], high[1])
         _store(y[token + 2], tile, low[2], high[2])
@@ -189,23 +188,3 @@ def _int8_tile(weights, groups, inputs, y, tile):
 def _store(y, tile, low, high):
     store_f32x16(y, 128 * tile, low)
     store_f32x16(y, 128 * tile + 64, high)
-
-
-_to_int8_code = operation(
-    u8x64, (u8x64,), lambda b, x: b.add(x, constant(u8x64.ir, int8_g32.ZERO - int4_g32.ZERO))
-)  # q + 8 to q + 128
-
-
-@kernel
-def _widen(weights, out):
-    """The same tile, int4_g32, as int8_g32 stores it."""
-    for half_block in range(weights.size // int4_g32.HALF):
-        source, half = int4_g32.HALF * half_block, half_block % 2
-        for group in range(2):
-            target = int8_g32.BLOCK * (half_block // 2 * 2 + group) + 64 * half
-            for line in range(4):
-                codes = load_u8x64(weights, source + 256 * group + 64 * line)
-                store_u8x64(out, target + 256 * line, _to_int8_code(low_nibbles(codes)))
-                store_u8x64(out, target + 256 * line + 128, _to_int8_code(high_nibbles_down(codes)))
-            scales = int8_g32.BLOCK * (half_block // 2 * 2 + group) + int8_g32.CODES + 32 * half
-            store_i16x16(out, scales, load_i16x16(weights, source + 512 + 32 * group))

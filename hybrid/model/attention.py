@@ -12,7 +12,7 @@ from torch import Tensor
 from hybrid.config import ModelConfig
 from hybrid.memory.kv_cache import KVCache
 from hybrid.model.batch import Batch, Segment
-from hybrid.model.layers import FEW, HeadLinear, Linear, Weights, rms_norm
+from hybrid.model.layers import FEW, HeadLinear, Linear, Weights, beside, rms_norm
 from hybrid.model.rope import rotate
 from quant import bf16
 
@@ -20,22 +20,21 @@ SCORES_AT_ONCE = 16 << 20  # scores of one tile, 64 MiB of fp32
 
 
 @dataclass(frozen=True)
-class LowRankQuery:
-    """Hidden state to queries through a normed latent, as K2.5 and DeepSeek V3 do; others have one plain matrix."""
+class QueryLatent:
+    """From a query's normed latent to the query: K2.5 and DeepSeek V3 have one, others come from the hidden state."""
 
-    q_a_proj: Linear
     q_a_layernorm: Tensor
     q_b_proj: Linear
     eps: float
 
     @classmethod
-    def load(cls, weights: Weights, prefix: str, eps: float) -> "LowRankQuery":
+    def load(cls, weights: Weights, prefix: str, eps: float) -> "QueryLatent":
         norm = weights.tensor(f"{prefix}.q_a_layernorm.weight")
-        return cls(weights.linear(f"{prefix}.q_a_proj"), norm, weights.linear(f"{prefix}.q_b_proj"), eps)
+        return cls(norm, weights.linear(f"{prefix}.q_b_proj"), eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [tokens, hidden] -> [tokens, heads * qk_head_dim]."""
-        return self.q_b_proj.forward(rms_norm(self.q_a_proj.forward(x), self.q_a_layernorm, self.eps))
+    def forward(self, latent: Tensor) -> Tensor:
+        """[tokens, q_lora_rank] -> [tokens, heads * qk_head_dim]."""
+        return self.q_b_proj.forward(rms_norm(latent, self.q_a_layernorm, self.eps))
 
 
 class Attention:
@@ -45,12 +44,9 @@ class Attention:
         prefix = f"layers.{layer}.self_attn"
         self.config = config
         self.layer = layer
-        self.query: LowRankQuery | Linear = (
-            weights.linear(f"{prefix}.q_proj")
-            if config.q_lora_rank is None
-            else LowRankQuery.load(weights, prefix, config.rms_norm_eps)
-        )
-        self.kv_a_proj = weights.linear(f"{prefix}.kv_a_proj_with_mqa")
+        self.query = None if config.q_lora_rank is None else QueryLatent.load(weights, prefix, config.rms_norm_eps)
+        names = ("q_proj" if self.query is None else "q_a_proj", "kv_a_proj_with_mqa")
+        self.q_kv_a_proj = beside([weights.linear(f"{prefix}.{name}") for name in names])
         self.kv_a_layernorm = weights.tensor(f"{prefix}.kv_a_layernorm.weight")
         self.o_proj = weights.linear(f"{prefix}.o_proj")
         heads, nope, v = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
@@ -60,22 +56,24 @@ class Attention:
 
     def forward(self, x: Tensor, batch: Batch, kv: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
         """x [tokens, hidden] (normed) -> [tokens, hidden]; cos, sin [tokens, rope / 2]."""
-        queries = self._queries(x, cos, sin)
-        rows = self._latent_rows(x, cos, sin)
+        query, latent = self.q_kv_a_proj.forward(x).tensor_split([-self.config.latent_dim], dim=-1)
+        queries = self._queries(query, cos, sin)
+        rows = self._latent_rows(latent, cos, sin)
         out = [self._attend(queries[s.start : s.stop], rows[s.start : s.stop], s, kv) for s in batch.segments]
         return self.o_proj.forward(torch.cat(out) if len(out) > 1 else out[0])
 
-    def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _queries(self, query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[tokens, heads, latent_dim]: each head's query, absorbed, beside its rotated part."""
         config = self.config
-        q = self.query.forward(x).view(len(x), config.num_attention_heads, config.qk_head_dim)
+        q = query if self.query is None else self.query.forward(query)
+        q = q.view(len(q), config.num_attention_heads, config.qk_head_dim)
         q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         return torch.cat((self.w_k.forward(q_nope), rotate(q_pe, cos, sin, config.rope_interleave)), dim=-1)
 
-    def _latent_rows(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _latent_rows(self, latent: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[tokens, latent_dim], as cached: the normed latent beside the rotated key, which gets no norm."""
         config = self.config
-        c, k_pe = self.kv_a_proj.forward(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        c, k_pe = latent.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         c = rms_norm(c, self.kv_a_layernorm, config.rms_norm_eps)
         return torch.cat((c, rotate(k_pe, cos, sin, config.rope_interleave)), dim=-1)
 

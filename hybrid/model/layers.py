@@ -1,6 +1,6 @@
 """The small layers: normalisation, linears, the gated MLP, and how weights reach them."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -57,18 +57,55 @@ class PackedLinear(Linear):
         return y if self.bias is None else y + self.bias
 
 
+class Beside(Linear):
+    """Linears of the same input that cannot become one matrix; their outputs lie side by side."""
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part.forward(x) for part in self.parts], dim=-1)
+
+
+def beside(parts: Sequence[Linear]) -> Linear:
+    """Linears of the same input as one whose outputs lie side by side: one launch, where it can be."""
+    packed = [part.matrix for part in parts if isinstance(part, PackedLinear)]
+    if len(packed) == len(parts) and linear.can_join(packed):
+        return PackedLinear(linear.join(packed), _biases(parts, [matrix.rows for matrix in packed]))
+    if not packed:
+        weights = [part.weight for part in parts]
+        return Linear(torch.cat(weights), _biases(parts, [len(weight) for weight in weights]))
+    return Beside(parts)
+
+
+def _biases(parts: Sequence[Linear], rows: Sequence[int]) -> Tensor | None:
+    """One after another, zeros for linears that have none."""
+    known = [part.bias for part in parts if part.bias is not None]
+    if not known:
+        return None
+    each = zip(parts, rows, strict=True)
+    return torch.cat([known[0].new_zeros(n) if part.bias is None else part.bias for part, n in each])
+
+
 class HeadLinear:
     """A matrix of its own for every head: x [tokens, heads, in] -> [tokens, heads, out]."""
 
     def __init__(self, weight: Tensor) -> None:
         """weight [heads, out, in]"""
-        self.bits = _bits(weight)
-        self.weight = weight if self.bits is None else torch.from_numpy(self.bits).view(torch.bfloat16)
+        self.rows = weight.shape[1]
+        self.ours = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        if self.ours:
+            self.blocks = bf16.pack_heads(weight.contiguous().view(torch.int16).numpy())
+            self.weight = torch.from_numpy(self.blocks).view(torch.bfloat16)  # [heads, blocks, in, rows of a block]
+        else:
+            self.weight = weight.transpose(1, 2).contiguous()[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bits is None or len(x) > FEW:
-            return torch.bmm(x.transpose(0, 1), self.weight.transpose(1, 2)).transpose(0, 1)
-        return torch.from_numpy(bf16.multiply_heads(self.bits, x.float().contiguous().numpy())).to(x.dtype)
+        if self.ours and len(x) <= FEW:
+            y = bf16.multiply_heads(self.blocks, x.float().contiguous().numpy())
+            return torch.from_numpy(y)[:, :, : self.rows].to(x.dtype)
+        blocks = x.transpose(0, 1)[:, None] @ self.weight  # [heads, blocks, tokens, rows of a block]
+        return blocks.permute(2, 0, 1, 3).flatten(2)[:, :, : self.rows]
 
 
 class Weights:
@@ -115,13 +152,13 @@ def _packed(weight: Int4Weight | Int8Weight | Tensor) -> linear.Matrix | None:
     return linear.pack_int8(weight.codes, weight.scales) if isinstance(weight, Int8Weight) else None
 
 
-@dataclass(frozen=True)
 class GatedMLP:
     """down(silu(gate x) * up x): the dense layers and the shared expert."""
 
-    gate: Linear  # [intermediate, hidden]
-    up: Linear
-    down: Linear  # [hidden, intermediate]
+    def __init__(self, gate: Linear, up: Linear, down: Linear) -> None:
+        """gate, up [intermediate, hidden]; down [hidden, intermediate]"""
+        self.gate_up = beside((gate, up))
+        self.down = down
 
     @classmethod
     def load(cls, weights: Weights, prefix: str) -> "GatedMLP":
@@ -129,4 +166,5 @@ class GatedMLP:
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]."""
-        return self.down.forward(F.silu(self.gate.forward(x)) * self.up.forward(x))
+        gate, up = self.gate_up.forward(x).chunk(2, dim=-1)
+        return self.down.forward(F.silu(gate) * up)

@@ -43,14 +43,16 @@ def test_supported_shapes(rows: int, columns: int, expected: bool) -> None:
     assert bf16.supports(rows, columns) is expected
 
 
-@pytest.mark.parametrize(("heads", "rows", "columns"), [(3, 5, 16), (9, 576, 128)])
+@pytest.mark.parametrize(("heads", "rows", "columns"), [(3, 5, 16), (9, 576, 128), (7, 192, 500)])
 def test_a_matrix_per_head(heads: int, rows: int, columns: int) -> None:
     rng = np.random.default_rng(2)
     matrices = [random(rng, rows, columns) for _ in range(heads)]
     bits, values = np.stack([b for b, _ in matrices]), np.stack([v for _, v in matrices])
     x = rng.standard_normal((2, heads, columns)).astype(np.float32)
     exact = np.einsum("hrc,thc->thr", values, x)
-    np.testing.assert_allclose(bf16.multiply_heads(bits, x), exact, rtol=1e-4, atol=1e-3)
+    found = bf16.multiply_heads(bf16.pack_heads(bits), x)[:, :, :rows]
+    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(bf16.multiply_heads(bf16.pack_heads(bits), x[1:])[:, :, :rows], found[1:])
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 11), st.integers(1, 200), st.integers(1, 5))

@@ -73,7 +73,7 @@ def test_multiply_approximates_the_product() -> None:
 
 @given(
     st.integers(0, 2**32 - 1),
-    st.integers(1, 9),
+    st.integers(1, 30),
     st.integers(1, 4),
     st.integers(1, 3),
     st.integers(1, 8),

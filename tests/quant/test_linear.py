@@ -107,3 +107,13 @@ def test_bytes_of_a_matrix() -> None:
     rng = np.random.default_rng(4)
     assert random(rng, "int8_g32", 576, 7168).nbytes * 8 == 8.5 * 576 * 7168
     assert random(rng, "int4_g32", 48, 64).nbytes * 8 == 4.5 * 64 * 64  # to whole tiles of 32 rows
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int8_g32"])
+def test_joined_matrices_are_those_matrices(name: str) -> None:
+    rng = np.random.default_rng(11)
+    parts = [linear.encode(name, rng.standard_normal((rows, 96)).astype(np.float32)) for rows in (64, 32, 48)]
+    x = rng.standard_normal((3, 96)).astype(np.float32)
+    found = linear.multiply(linear.join(parts), x)
+    np.testing.assert_array_equal(found, np.concatenate([linear.multiply(part, x) for part in parts], axis=1))
+    assert not linear.can_join(parts[::-1])
