@@ -29,6 +29,7 @@ ALLOWED = {
     "hybrid.kimi": FLOOR
     | {"hybrid.reply", "hybrid.device", "hybrid.chat", "hybrid.checkpoint", "hybrid.demo", "hybrid.engine"}
     | {"hybrid.memory", "hybrid.model"},
+    "hybrid.evaluation": FLOOR | {"hybrid.chat"},
     "hybrid": {"hybrid.kimi", "hybrid.engine.sampler"},
     "cli": {"hybrid", "quant"},
 }

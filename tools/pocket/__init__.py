@@ -1,0 +1,1 @@
+"""Training of the pocket model: tools/train_pocket.py is its command line."""

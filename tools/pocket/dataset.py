@@ -1,0 +1,147 @@
+"""Batches of whole documents, each row packed full: cases of the skills, small talk, and pieces of plain text.
+
+What step n gets follows from the seed and n alone, so a run that is continued needs no state of its data.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybrid.chat.message import Message
+from hybrid.chat.template import DEFAULT_SYSTEM, DEFAULT_TEMPLATE, ChatTemplate
+from hybrid.chat.tokenizer import Tokenizer
+from hybrid.evaluation.case import Case, prompt_ids, reply_ids
+from hybrid.evaluation.skills import draw
+from pocket.smalltalk import TALK
+
+TEXT_FILE, HELD_OUT_FILE = "text.npy", "heldout.npy"
+# Of a hundred conversations. The skills with long documents and those that need practice have more of the tokens.
+SHARES = {
+    "arithmetic": 28,
+    "arithmetic_instant": 8,
+    "copy": 9,
+    "count": 5,
+    "sort": 9,
+    "lookup": 13,
+    "tool_call": 13,
+    "tool_multi": 5,
+    "tool_refusal": 3,
+    "manners": 1,
+    "name_recall": 2,
+    "tool_result": 2,
+    "second_question": 2,
+}
+PLAIN_ROWS = 0.12  # rows of nothing but plain text; the ends of the other rows are filled with it, too
+WITH_SYSTEM = 0.15  # conversations that begin with the usual system prompt
+PROMPT_WEIGHT, ANSWER_WEIGHT = 0.0, 1.0
+PLAIN_WEIGHT = 0.5  # its loss stays high whatever is learned, and would drown the answers'
+SYSTEM = Message("system", DEFAULT_SYSTEM)
+
+
+class Batch(NamedTuple):
+    """Each [rows, length]. `weights` [r, t] is what predicting `ids` [r, t] from its predecessor counts in the loss."""
+
+    ids: Tensor
+    positions: Tensor
+    documents: Tensor
+    weights: Tensor
+
+
+class Document(NamedTuple):
+    ids: Sequence[int]
+    weights: Sequence[float]
+
+
+class Dataset:
+    """What `prepare` put into `directory`, mixed with cases made on the spot."""
+
+    def __init__(self, directory: Path, seed: int) -> None:
+        self.tokenizer = Tokenizer.from_directory(directory)
+        self.template = ChatTemplate(DEFAULT_TEMPLATE)
+        self.text = np.load(directory / TEXT_FILE, mmap_mode="r")
+        self.seed = seed
+
+    def batch(self, step: int, rows: int, length: int) -> Batch:
+        """The same for the same arguments. ids and positions int64, documents int32 (counted within a row; rows are
+        full, so none is -1), weights float32."""
+        rng = random.Random(f"{self.seed} {step}")
+        documents = self._conversations(rng, length)
+        return _stacked([self._row(rng, documents, length) for _ in range(rows)])
+
+    def _row(self, rng: random.Random, documents: "_Queue", length: int) -> list[Document]:
+        row: list[Document] = []
+        room = length
+        if rng.random() >= PLAIN_ROWS:
+            while document := documents.take(room):
+                row.append(document)
+                room -= len(document.ids)
+        if room:
+            row.append(self._plain(rng, room))
+        return row
+
+    def _plain(self, rng: random.Random, length: int) -> Document:
+        start = rng.randrange(len(self.text) - length)
+        ids = self.text[start : start + length].tolist()
+        return Document(ids, [0.0] + [PLAIN_WEIGHT] * (length - 1))
+
+    def _conversations(self, rng: random.Random, longest: int) -> "_Queue":
+        names, ends = list(SHARES), list(accumulate(SHARES.values()))
+
+        def drawn() -> Iterator[Document]:
+            while True:
+                document = self.document(draw_case(rng.choices(names, cum_weights=ends)[0], rng))
+                if len(document.ids) <= longest:
+                    yield document
+
+        return _Queue(drawn())
+
+    def document(self, case: Case) -> Document:
+        """The conversation and its answer; only the answer is to be learned."""
+        prompt = prompt_ids(case, self.template, self.tokenizer)
+        reply = reply_ids(case, self.template, self.tokenizer)
+        weights = [0.0] + [PROMPT_WEIGHT] * (len(prompt) - 1) + [ANSWER_WEIGHT] * len(reply)
+        return Document(prompt + reply, weights)
+
+
+class _Queue:
+    """Documents in order, except that one too long for the room there is waits and lets others pass."""
+
+    WAITING = 8
+
+    def __init__(self, documents: Iterator[Document]) -> None:
+        self._documents = documents
+        self._waiting: list[Document] = []
+
+    def take(self, room: int) -> Document | None:
+        """The first that fits into `room` tokens; None if many in a row do not."""
+        while len(self._waiting) < self.WAITING:
+            self._waiting.append(next(self._documents))
+        fits = (index for index, document in enumerate(self._waiting) if len(document.ids) <= room)
+        index = next(fits, None)
+        return None if index is None else self._waiting.pop(index)
+
+
+def draw_case(name: str, rng: random.Random) -> Case:
+    """A case of a skill, never one that is held out, or of small talk; some begin with a system prompt."""
+    case = TALK[name](rng) if name in TALK else draw(name, "train", rng)
+    return replace(case, messages=(SYSTEM, *case.messages)) if rng.random() < WITH_SYSTEM else case
+
+
+def _stacked(rows: list[list[Document]]) -> Batch:
+    ids = [[token for document in row for token in document.ids] for row in rows]
+    positions = [[position for document in row for position in range(len(document.ids))] for row in rows]
+    documents = [[index for index, document in enumerate(row) for _ in document.ids] for row in rows]
+    weights = [[weight for document in row for weight in document.weights] for row in rows]
+    return Batch(
+        torch.tensor(ids, dtype=torch.int64),
+        torch.tensor(positions, dtype=torch.int64),
+        torch.tensor(documents, dtype=torch.int32),
+        torch.tensor(weights, dtype=torch.float32),
+    )
