@@ -7,6 +7,7 @@
 `train` and `branch`, when interrupted, continue if given again. `plot RUN... PNG` draws what their logs say.
 """
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -110,6 +111,32 @@ def export(
 def plot(runs: list[Path], image: Path) -> None:
     """Loss and largest attention logit of runs (needs matplotlib)."""
     print(draw(runs, image))
+
+
+@app.command()
+def routing(
+    model: Path,
+    trace: Annotated[Path | None, typer.Option(help="Also record who was chosen, .npz.")] = None,
+    tokens: Annotated[int, typer.Option(help="Of each domain.")] = 8192,
+    recorded: Annotated[int, typer.Option(help="Tokens of the record.")] = 4096,
+) -> None:
+    """What the router of a model does: how evenly, and what it keeps apart; one JSON object."""
+    from pocket import routing
+
+    figures, traces = routing.measure(model, tokens)
+    if trace:
+        routing.save_trace(traces, trace, recorded)
+    print(json.dumps(figures))
+
+
+@app.command()
+def card(run: Path, data: Path, scores: Path, router: Path, model: Path) -> None:
+    """Write the model card: SCORES is what `kimi-local eval --json` said, ROUTER what `routing` did."""
+    from pocket.card import card as written
+
+    text = written(run, data, *(json.loads(path.read_text().splitlines()[-1]) for path in (scores, router)))
+    (model / "README.md").write_text(text)
+    print(model / "README.md")
 
 
 def main() -> int:
