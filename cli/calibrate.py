@@ -13,11 +13,12 @@ from cli.output import count
 from cli.streaming import Text, Tokens, Window, open_model, progress_line, read_texts, windows_of
 from hybrid.errors import Retry
 
+_MODEL = "A directory, demo or pocket."
 _OUT = "Directory to write; the same command continues one that is unfinished."
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help='A directory, or "demo".', show_default=False)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)],
     text: Text,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help=_OUT, show_default=False)],
     tokens: Tokens = None,

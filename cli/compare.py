@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli.options import Activations, Debug, Threads, machine
-from cli.output import count, make_console
+from cli.output import count, print_table
 from cli.streaming import (
     Text,
     Tokens,
@@ -25,7 +24,7 @@ from cli.streaming import (
 if TYPE_CHECKING:
     from hybrid.model.compare import Comparison
 
-_A = 'The model that is right: a directory, or "demo".'
+_A = "The model that is right: a directory, demo or pocket."
 _B = "The model that is judged."
 _ACTIVATIONS = "int8: each as it runs in chat; float32: everything in fp32, so that only weights differ."
 _JSON = "The last line is one JSON object, with figures per layer; nothing else is printed."
@@ -65,20 +64,7 @@ def compare(
     if json_output:
         print(json.dumps(result.as_dict()))
     else:
-        show(f"KL(A || B), A {first.path.name}, B {second.path.name}", result)
-
-
-def show(title: str, result: Comparison) -> None:
-    """A table on standard output."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False, title_style="bold")
-    for row in rows(result):
-        table.add_row(*row)
-    console = make_console(sys.stdout)
-    with console.capture() as lines:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in lines.get().splitlines()))
+        print_table(f"KL(A || B), A {first.path.name}, B {second.path.name}", rows(result))
 
 
 def rows(result: Comparison) -> Iterator[tuple[str, str]]:

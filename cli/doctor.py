@@ -32,7 +32,7 @@ class Row(NamedTuple):
     hint: str = ""
 
 
-_MODEL = "Model directory to check; without one only the machine is."
+_MODEL = "Model to check: a directory, demo or pocket; without one only the machine is."
 _DEEP = "Read everything: checksums, NaN, scales."
 _WRITE = "After a clean --deep, record a checksum per tensor."
 
@@ -189,9 +189,11 @@ def scan_any(model: str) -> Scan:
     """The header check of a model as released, or of a pack."""
     from pathlib import Path
 
+    from cli.streaming import named_directory
     from hybrid.checkpoint import check, is_pack, pack_check
 
-    return pack_check.scan_pack(model) if is_pack(Path(model).expanduser()) else check.scan(model)
+    path = named_directory(model)
+    return pack_check.scan_pack(path) if is_pack(Path(path).expanduser()) else check.scan(path)
 
 
 def read_everything(headers: Scan) -> DeepReport:

@@ -14,6 +14,7 @@ from cli.calibrate import calibrate
 from cli.chat import chat
 from cli.compare import compare
 from cli.doctor import doctor
+from cli.eval import evaluate
 from cli.options import ENVIRONMENT, Debug
 from cli.output import tolerate_narrow_encodings
 from cli.pull import pull
@@ -104,6 +105,7 @@ app.command()(pull)
 app.command()(quantize)
 app.command()(compare)
 app.command()(calibrate)
+app.command("eval")(evaluate)
 app.add_typer(bench_app, name="bench")
 
 

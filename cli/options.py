@@ -97,7 +97,7 @@ def conversation(*names: str, help: str, **more: Any) -> Any:
     return option(*names, help=help, rich_help_panel="Conversation", **more)
 
 
-_MODEL = "Directory of a checkpoint; without one the demo model, built on first use."
+_MODEL = "Directory of a checkpoint, demo or pocket; without one demo, which is built on first use."
 _SYSTEM = 'System prompt; "" removes the default one.'
 _BUDGET = "End the reasoning after so many tokens: 8k, 32k, 96k, ..."
 _HISTORY = "Save neither the conversation nor what is typed."

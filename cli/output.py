@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -117,6 +117,19 @@ def make_console(stream: TextIO) -> Console:
     if stream.isatty() and not is_drawable(stream):
         console.no_color = True
     return console
+
+
+def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """What each figure is, and the figure, on standard output; no line ends with blanks."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False, title_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    console = make_console(sys.stdout)
+    with console.capture() as lines:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in lines.get().splitlines()))
 
 
 def tolerate_narrow_encodings() -> None:

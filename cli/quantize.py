@@ -14,6 +14,7 @@ import typer
 
 from cli.options import Debug, parse_bytes, parse_tokens
 from cli.output import byte_count, count, duration, is_drawable, make_console, rate
+from cli.streaming import named_directory
 from hybrid.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Resident(StrEnum):
     int4 = "int4"
 
 
-_SRC = "Model directory as released: INT4, fp8 or bf16 experts."
+_SRC = "Model directory as released: INT4, fp8 or bf16 experts; or demo or pocket."
 _DST = "The pack: a new directory."
 _RAM = "Memory the model may use, as 256GiB; without --bits or --mix this machine's."
 _BITS = "Bits per expert weight, as 1.8, scales included."
@@ -79,14 +80,17 @@ def quantize(
         return
     if source is None or target is None:
         raise UsageError("quantize needs SRC and DST.", "See kimi-local quantize --help.")
-    source, target = source.expanduser(), target.expanduser()
+    directory, target = Path(named_directory(str(source))).expanduser(), target.expanduser()
+    if delete_source and directory != source.expanduser():
+        raise UsageError(f"--delete-source would delete the model {source}.", "Leave it out.")
+    source = directory
+    # Experts are encoded one per core; matrix products that each use all cores would wait for one another. NumPy reads
+    # this when it is first imported, which is here. A calibrated run took a third of the time.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     settings = _settings(ram, bits, mix, format, resident, calibration, ctx, seed)
     if dry_run:
         _dry_run(source, target, settings, threads, delete_source, json_output)
         return
-    # Experts are encoded one per core; matrix products that each use all cores would wait for one another. NumPy reads
-    # this when it is first imported, which is here. A calibrated run took a third of the time.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from hybrid.convert import quantize as convert
     from hybrid.convert import summarise
 

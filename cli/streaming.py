@@ -1,4 +1,4 @@
-"""What `compare` and `calibrate` share: models by name, texts cut into windows of tokens, a line of progress."""
+"""What `compare`, `calibrate` and `eval` share: models by name, windows of tokens cut from texts, progress."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from cli.options import machine, option, parse_tokens
 from hybrid.errors import UsageError
 
 if TYPE_CHECKING:
+    from hybrid import Kimi
     from hybrid.checkpoint import Checkpoint
     from hybrid.progress import OnProgress, Progress
 
-DEMO = "demo"
 DEFAULT_CTX = 512
 STAGES = {
-    "demo": "Building the demo model (first run only)",
     "compare": "Comparing",
     "logits": "Comparing answers",
     "calibrate": "Calibrating",
+    "skills": "Answering",
+    "text": "Reading",
 }
 
 _TEXT = "UTF-8 text to run over; may be given several times, and is then taken from in turn."
@@ -38,27 +39,33 @@ Window = Annotated[int | None, machine("--ctx", metavar="N", env=False, parser=p
 @contextmanager
 def progress_line() -> Iterator[OnProgress]:
     """Reports go to a line on the error stream with the time left; nowhere if that is no terminal."""
-    from cli.opening import waiting
+    from cli import opening
 
-    with waiting("Starting") as status:
+    labels = opening.STAGES | STAGES
+    with opening.waiting("Starting") as status:
 
         def report(progress: Progress) -> None:
             if status is not None:
-                label = STAGES.get(progress.stage, progress.stage)
+                label = labels.get(progress.stage, progress.stage)
                 status.show(label, replace(progress, unit="") if progress.stage == "demo" else progress)
 
         yield report
 
 
 def open_model(name: str, report: OnProgress) -> Checkpoint:
-    """The checkpoint in a directory; "demo" is the demo model, unless a directory of that name is here."""
+    """The checkpoint in a directory, or the one that goes by a name: "demo" or "pocket"."""
     from hybrid.checkpoint import open_checkpoint
-    from hybrid.demo import demo_path
-    from hybrid.progress import Progress
+    from hybrid.names import model_path
 
-    if name == DEMO and not Path(name).exists():
-        return open_checkpoint(demo_path(lambda done, total, text: report(Progress("demo", done, total, text))))
-    return open_checkpoint(name)
+    return open_checkpoint(model_path(name, report))
+
+
+def named_directory(name: str) -> str | Path:
+    """The directory of the model that goes by a name, built if it has to be; any other as it is given."""
+    from hybrid.names import model_path
+
+    with progress_line() as report:
+        return model_path(name, report)
 
 
 def read_texts(paths: list[Path]) -> list[tuple[str, str]]:
@@ -73,11 +80,12 @@ def read_texts(paths: list[Path]) -> list[tuple[str, str]]:
     return texts
 
 
-def windows_of(checkpoint: Checkpoint, texts: list[str], ctx: int | None, tokens: int | None) -> list[list[int]]:
+def windows_of(checkpoint: Checkpoint | Kimi, texts: list[str], ctx: int | None, tokens: int | None) -> list[list[int]]:
     """The texts as windows of ids in the vocabulary of `checkpoint`; see `cut`. Raises UsageError for a long `ctx`."""
     from hybrid.chat.tokenizer import Tokenizer
 
-    ctx, limit = ctx or DEFAULT_CTX, checkpoint.config.max_position_embeddings
+    limit = checkpoint.config.max_position_embeddings
+    ctx = ctx or min(DEFAULT_CTX, limit)
     if ctx > limit:
         raise UsageError(f"--ctx {ctx:,} is too long for {checkpoint.path.name}.", f"It takes {limit:,} tokens.")
     tokenizer = Tokenizer.from_directory(checkpoint.path)

@@ -24,6 +24,7 @@ from hybrid.memory.bandwidth import ram_ceiling_gbps
 from hybrid.memory.hardware import available_ram
 from hybrid.memory.kv_cache import KVCache
 from hybrid.model.transformer import Placement, Transformer
+from hybrid.names import DEMO, model_path
 from hybrid.progress import OnProgress, Progress, ignore
 from hybrid.reply import Reply
 from hybrid.stats import Stats
@@ -41,10 +42,10 @@ __all__ = ["Kimi", "Message", "Reply", "SamplingParams", "Stats"]
 class Kimi:
     """A model in memory. One thread at a time may iterate its replies; use as a context manager or `close` it."""
 
-    def __init__(self, checkpoint: Checkpoint, model: Transformer, kv: KVCache, prefill_chunk: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, engine: Engine) -> None:
         """Use `Kimi.load`."""
         self._checkpoint = checkpoint
-        self._engine = Engine(model, kv, prefill_chunk)
+        self._engine = engine
 
     @classmethod
     def load(
@@ -55,15 +56,17 @@ class Kimi:
         dtype: str | None = None,
         threads: int | None = None,
         ctx: int | None = None,
+        cache: int | None = None,
         activations: str = "int8",
         verify: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
         on_progress: OnProgress | None = None,
     ) -> "Kimi":
-        """Load a model directory; `None` is the demo model, built on first use.
+        """Load a model directory, "demo" (also None: the demo model, built on first use) or "pocket".
 
         dtype bfloat16 (default) or float32, of the resident weights; activations int8 (default) or float32, of the
-        routed experts' inputs; ctx in tokens; verify compares every expert of a pack with its checksum before it is
+        routed experts' inputs; ctx in tokens, of prompt and answer; cache in tokens (default and at least ctx), shared
+        by what `generate_many` makes at once; verify compares every expert of a pack with its checksum before it is
         used (resident weights always are). Raises CheckpointError for a model that is missing, damaged or unknown,
         and DoesNotFit, before reading weights, when memory will not hold it.
         """
@@ -73,16 +76,17 @@ class Kimi:
         placement = Placement(
             choose_device(device), DTYPES[dtype or "bfloat16"], activations == "float32", use_threads(threads)
         )
-        checkpoint = open_checkpoint(_demo(report) if path is None else path, verify=verify)
+        checkpoint = open_checkpoint(model_path(DEMO if path is None else path, report), verify=verify)
         config = checkpoint.config
         tokens = min(ctx or DEFAULT_CTX, config.max_position_embeddings)
         if ctx and ctx > tokens:
             raise UsageError(f"The context of {ctx:,} tokens is too long.", f"This model takes {tokens:,}.")
-        _require_memory(checkpoint, placement, tokens)
+        room = max(tokens, cache or 0)
+        _require_memory(checkpoint, placement, room)
         layers = config.num_hidden_layers
         model = Transformer(checkpoint, placement, lambda done: report(Progress("load", done, layers, "layers")))
-        kv = KVCache(config, tokens, dtype=placement.dtype, device=placement.device)
-        kimi = cls(checkpoint, model, kv, prefill_chunk)
+        kv = KVCache(config, room, dtype=placement.dtype, device=placement.device)
+        kimi = cls(checkpoint, Engine(model, kv, prefill_chunk, tokens))
         kimi._compile(report)
         return kimi
 
@@ -106,7 +110,7 @@ class Kimi:
     @property
     def ctx(self) -> int:
         """Tokens of context: prompt and answer together."""
-        return self._engine.kv.capacity
+        return self._engine.ctx
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -143,6 +147,21 @@ class Kimi:
     def generate(self, token_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """New ids after `token_ids`, the stop id included."""
         return self._engine.stream(Request(list(token_ids), params))
+
+    def generate_many(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], *, batch: int = 32
+    ) -> Iterator[tuple[int, list[int], str]]:
+        """(index, new ids, finish reason) of every prompt as its answer ends, up to `batch` of them made at once.
+
+        Each answer is the one `generate` would give, and with a seed the same whatever else is being made. Prompts for
+        which the cache has no room yet wait. Raises ContextExceeded for one that never fits, before computing anything.
+        """
+        if batch < 1:
+            raise UsageError(f"A batch of {batch} makes no answers.", "It must be 1 or more.")
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        requests = [Request(list(ids), chosen) for ids, chosen in zip(prompts, each, strict=True)]
+        ended = self._engine.stream_many(requests, batch)
+        return ((index, ids, requests[index].finish_reason) for index, ids in ended)
 
     def reply(
         self,
@@ -206,12 +225,6 @@ class Kimi:
         self._engine.logits([0])
         self._engine.model.stats.reset()
         report(Progress("compile", 1, 1, "kernels"))
-
-
-def _demo(report: OnProgress) -> Path:
-    from hybrid.demo import demo_path
-
-    return demo_path(lambda done, total, text: report(Progress("demo", done, total, text)))
 
 
 def _require_memory(checkpoint: Checkpoint, placement: Placement, tokens: int) -> None:

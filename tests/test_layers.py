@@ -27,9 +27,11 @@ ALLOWED = {
     "hybrid.demo": FLOOR | {"hybrid.checkpoint", "hybrid.chat", "quant"},
     "hybrid.reply": FLOOR | {"hybrid.chat", "hybrid.engine"},
     "hybrid.kimi": FLOOR
-    | {"hybrid.reply", "hybrid.device", "hybrid.chat", "hybrid.checkpoint", "hybrid.demo", "hybrid.engine"}
+    | {"hybrid.reply", "hybrid.device", "hybrid.chat", "hybrid.checkpoint", "hybrid.names", "hybrid.engine"}
     | {"hybrid.memory", "hybrid.model"},
-    "hybrid.evaluation": FLOOR | {"hybrid.chat"},
+    "hybrid.pocket": FLOOR,
+    "hybrid.names": FLOOR | {"hybrid.demo", "hybrid.pocket"},
+    "hybrid.evaluation": FLOOR | {"hybrid.chat", "hybrid.engine.sampler", "hybrid.kimi"},
     "hybrid": {"hybrid.kimi", "hybrid.engine.sampler"},
     "cli": {"hybrid", "quant"},
 }

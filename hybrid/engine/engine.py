@@ -6,16 +6,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hybrid.engine.request import Request
+from hybrid.engine.request import Cancelled, Request, require_room
 from hybrid.engine.sampler import Sampler, require_finite
-from hybrid.errors import ContextExceeded, KimiError
+from hybrid.engine.scheduler import Scheduler
+from hybrid.errors import KimiError
 from hybrid.memory.kv_cache import KVCache
 from hybrid.model.batch import Batch, Segment
 from hybrid.model.transformer import Transformer
-
-
-class Cancelled(Exception):
-    """Raised between layers to abandon a step whose request was cancelled; the cache stays as it was before it."""
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -24,12 +21,15 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class Engine:
-    """One sequence at a time over a paged cache; a request that shares a prefix with the last one skips it."""
+    """Sequences over a paged cache: one whose prefix the next one may share, or many at once."""
 
-    def __init__(self, model: Transformer, kv: KVCache, prefill_chunk: int) -> None:
+    def __init__(self, model: Transformer, kv: KVCache, prefill_chunk: int, ctx: int) -> None:
+        """No sequence gets longer than `ctx` tokens; the cache may hold more."""
+        assert ctx <= kv.capacity, (ctx, kv.capacity)
         self.model = model
         self.kv = kv
         self.prefill_chunk = prefill_chunk
+        self.ctx = ctx
         self.tokens: list[int] = []  # the ids whose rows are in the cache
         self.page_table: list[int] = []
 
@@ -38,13 +38,21 @@ class Engine:
 
         Stop ids are yielded too. Raises ContextExceeded before computing anything when the prompt leaves no room.
         """
-        assert request.prompt, "an empty prompt has nothing to continue"
-        self._require_room(len(request.prompt) + 1)
+        request.require_room(self.ctx)
         return self._run(request)
+
+    def stream_many(self, requests: Sequence[Request], batch: int) -> Iterator[tuple[int, list[int]]]:
+        """(index, new ids) of each request as it ends, up to `batch` of them running at once, others waiting for pages.
+
+        Otherwise as `stream`; the prefix in the cache is given up. Raises ContextExceeded before computing anything.
+        """
+        for request in requests:
+            request.require_room(self.ctx)
+        return self._run_many(requests, batch)
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """fp32 [tokens, vocab]: what follows every prefix of `token_ids`, computed afresh. Raises KimiError on NaN."""
-        self._require_room(len(token_ids))
+        require_room(len(token_ids), self.ctx)
         self._keep(0)
         parts = []
         for start in range(0, len(token_ids), self.prefill_chunk):
@@ -52,28 +60,14 @@ class Engine:
             require_finite(parts[-1])
         return torch.cat(parts)
 
-    def _require_room(self, tokens: int) -> None:
-        if tokens > self.kv.capacity:
-            raise ContextExceeded(
-                f"The prompt needs {tokens:,} tokens of context and there are {self.kv.capacity:,}.",
-                "Use a larger --ctx, or a shorter prompt.",
-            )
-
     def _run(self, request: Request) -> Iterator[int]:
         sampler = Sampler(request.params)
         try:
             logits = self._prefill(request)
             for count in range(1, request.params.max_tokens + 1):
-                token = request.forced.popleft() if request.forced else sampler.sample(logits)
+                token = request.choose(sampler, logits)
                 yield token
-                if token in request.params.stop_ids:
-                    request.finish_reason = "stop"
-                elif request.cancelled:
-                    request.finish_reason = "interrupted"
-                elif count == request.params.max_tokens:
-                    request.finish_reason = "length"
-                elif len(self.tokens) >= self.kv.capacity:
-                    request.finish_reason = "context"
+                request.note_end(token, count, full=len(self.tokens) >= self.ctx)
                 if request.finish_reason:
                     return
                 logits = self.model.head(self._step([token], request))[0]
@@ -82,6 +76,17 @@ class Engine:
         except KimiError:
             self._keep(0)  # rows that are not numbers must not be found again by a later prompt
             raise
+
+    def _run_many(self, requests: Sequence[Request], batch: int) -> Iterator[tuple[int, list[int]]]:
+        self._keep(0)
+        scheduler = Scheduler(self.model, self.kv, ctx=self.ctx, batch=batch, prefill_chunk=self.prefill_chunk)
+        try:
+            numbers = {scheduler.add(request): number for number, request in enumerate(requests)}
+            while numbers:
+                for ended in scheduler.step():
+                    yield numbers.pop(ended), ended.answer
+        finally:
+            scheduler.close()
 
     def _prefill(self, request: Request) -> Tensor:
         """Logits [vocab] after the prompt, computing only what the cache does not hold."""

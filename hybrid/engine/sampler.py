@@ -61,7 +61,17 @@ class Sampler:
         if self.params.temperature == 0:
             return int(logits.argmax())
         probabilities, ids = self._candidates((logits.cpu() / self.params.temperature).softmax(dim=-1))
-        return int(ids[torch.multinomial(probabilities, 1, generator=self.generator)])
+        return int(ids[self._draw(probabilities)])
+
+    def _draw(self, probabilities: Tensor) -> int:
+        """An index of `probabilities` [candidates], which need not sum to 1.
+
+        One number per token, however many candidates there are: logits that differ in the last bits, because other
+        requests were computed beside, leave the generator where it would be, and nearly always the token too.
+        """
+        shares = probabilities.double().cumsum(0)
+        point = torch.rand(1, dtype=torch.float64, generator=self.generator) * shares[-1]
+        return int(torch.searchsorted(shares, point, right=True))  # the first whose share reaches beyond the point
 
     def _candidates(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens that survive top-k, top-p and min-p, likeliest first, with their probabilities."""

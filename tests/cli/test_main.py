@@ -27,7 +27,7 @@ def test_help_begins_with_examples() -> None:
     assert done.returncode == 0 and "Examples" in text
     assert text.index("kimi-local chat -p") < text.index("--version")
     commands = set(re.findall(r"^│ (\w+) ", text, re.MULTILINE))
-    assert {"chat", "doctor", "pull", "bench", "quantize", "calibrate", "compare"} <= commands
+    assert {"chat", "doctor", "pull", "bench", "quantize", "calibrate", "compare", "eval"} <= commands
 
 
 def test_nothing_heavy_is_imported_for_help() -> None:

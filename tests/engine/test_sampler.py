@@ -52,6 +52,19 @@ def test_seed_repeats_and_other_seeds_differ() -> None:
     assert sequence(7) != sequence(8)
 
 
+def test_rounding_does_not_change_what_follows() -> None:
+    """With it the number of candidates changes, which must not decide how much of the generator a draw takes."""
+    noise = torch.Generator().manual_seed(0)
+    steps = 4 * torch.randn(200, 576, generator=noise)
+    exact, rounded = Sampler(SamplingParams(seed=3, top_p=1.0)), Sampler(SamplingParams(seed=3, top_p=1.0))
+    counts = []
+    for logits in steps:
+        other = logits + 1e-6 * torch.randn(576, generator=noise)
+        counts.append([len(exact._candidates(each.softmax(0))[0]) for each in (logits, other)])
+        assert exact.sample(logits) == rounded.sample(other)
+    assert any(a != b for a, b in counts)
+
+
 @given(st.integers(0, 2**31), st.floats(0.05, 1.0), st.sampled_from([10, LIKELY, 3 * LIKELY]))
 def test_candidates_equal_a_full_sort(seed: int, top_p: float, vocab: int) -> None:
     """The shortcut over the likeliest tokens keeps exactly what sorting everything keeps."""

@@ -14,8 +14,8 @@ from pocket.state import LOG, Settings
 
 HEAD = """# Pocket
 
-Kimi K2.5's architecture with {millions:.1f} million parameters, trained from scratch on two CPU cores. It exists to test
-a runtime: its router has learned, and what it can do is checked case by case, so that a mistake in quantization,
+Kimi K2.5's architecture with {millions:.1f} million parameters, trained from scratch on two CPU cores. It exists to
+test a runtime: its router has learned, and what it can do is checked case by case, so that a mistake in quantization,
 routing, caching or attention shows as a drop in a score. It is not a chat model: outside its skills it knows nothing.
 
     kimi-local chat --model pocket
@@ -49,8 +49,8 @@ def _parameters(settings: Settings) -> int:
 def _shape(settings: Settings) -> Iterator[str]:
     c = settings.config
     yield f"- {c.num_hidden_layers} layers of {c.hidden_size}, the first dense ({c.intermediate_size})"
-    yield f"- {c.n_routed_experts} routed experts of {c.moe_intermediate_size}, {c.num_experts_per_tok} per token, chosen"
-    yield f"  by sigmoid scores with a correction bias; a shared expert of {c.shared_intermediate_size}"
+    yield f"- {c.n_routed_experts} routed experts of {c.moe_intermediate_size}, {c.num_experts_per_tok} per token,"
+    yield f"  chosen by sigmoid scores with a correction bias; a shared expert of {c.shared_intermediate_size}"
     yield f"- MLA: {c.num_attention_heads} heads, ranks {c.q_lora_rank} and {c.kv_lora_rank}, queries of"
     yield f"  {c.qk_nope_head_dim} + {c.qk_rope_head_dim}, values of {c.v_head_dim}; YaRN"
     yield f"- vocabulary {c.vocab_size:,}; routed experts in INT4, groups of 32, everything else bf16"
@@ -65,7 +65,7 @@ def _recipe(settings: Settings, log: list[dict[str, Any]]) -> Iterator[str]:
     yield f"  from step {settings.decay_from:,} on falling to nothing; weight decay {settings.weight_decay:g}"
     if settings.tau:
         yield f"- QK-Clip at {settings.tau:g}: heads were clipped in {clipped} of {len(log)} stretches of ten steps"
-    yield f"- experts multiplied in INT4 from step {settings.qat_from:,} on; what is released is what was multiplied then"
+    yield f"- experts multiplied in INT4 from step {settings.qat_from:,} on; these are released"
     yield f"- router's bias frozen from step {settings.freeze_from:,}; busiest expert {last['load']:.2f} times the mean"
     yield "  in the last batch"
     yield ""
@@ -100,8 +100,8 @@ def _data(data: Path) -> Iterator[str]:
 
 def _scores(scores: dict[str, Any]) -> Iterator[str]:
     settings, text = scores["settings"], scores["text"]
-    yield f"`kimi-local eval pocket`: greedy, {settings['dtype']} residents, {settings['activations']} activations, test"
-    yield f"cases of seed {settings['seed']}; 95 % intervals."
+    yield f"`kimi-local eval pocket`: greedy, {settings['dtype']} residents, {settings['activations']} activations,"
+    yield f"test cases of seed {settings['seed']}; 95 % intervals."
     yield ""
     yield "| skill | passed | score | from | to |"
     yield "| --- | ---: | ---: | ---: | ---: |"
