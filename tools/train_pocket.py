@@ -84,15 +84,17 @@ def branch(
     out: Path,
     steps: Annotated[int, typer.Option(help="How many more.")],
     checkpoint: Annotated[str, typer.Option(help="File of the run to start from.")] = CHECKPOINT,
-    qat: Annotated[bool, typer.Option(help="Experts in INT4 from the start of the branch, or not at all.")] = True,
+    plateau: Annotated[int, typer.Option(help="So many of them before the rate falls.")] = 0,
+    lr: Annotated[float | None, typer.Option(help="Another rate from here on.")] = None,
+    qat_steps: Annotated[int, typer.Option(help="So many of them, the last, with experts in INT4.")] = 0,
     threads: Threads = 1,
 ) -> None:
-    """End a run another way: the rate falls from a checkpoint on, with INT4 experts or without."""
+    """Go on another way from a checkpoint: at another rate, for longer, with INT4 experts at the end or without."""
     from pocket.dataset import Dataset
 
-    exists = (out / SETTINGS).exists()
-    settings = Settings.load(out) if exists else new_branch(run, checkpoint, out, steps=steps, qat=qat)
-    train_run(out, Dataset(data, settings.seed), threads)
+    if not (out / SETTINGS).exists():
+        new_branch(run, checkpoint, out, steps=steps, qat_steps=qat_steps, plateau=plateau, lr=lr)
+    train_run(out, Dataset(data, Settings.load(out).seed), threads)
     print(out)
 
 

@@ -90,9 +90,9 @@ def test_a_line_cut_short_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_rates_rise_stay_and_fall() -> None:
-    plan = Settings(steps=100, decay_from=60, qat_from=80, freeze_from=60, warmup=10, lr=1.0)
+    plan = Settings(steps=100, decay_from=60, qat_from=80, freeze_from=60, warmup=10, lr=1.0, earlier=[[20, 2.0]])
     rates = [plan.rate(step) for step in range(100)]
-    assert rates[0] == 0.1 and set(rates[10:60]) == {1.0}
+    assert rates[0] == 0.2 and set(rates[10:20]) == {2.0} and set(rates[20:60]) == {1.0}
     assert rates[60] == 1.0 and rates[80] == 0.5 and rates[99] == pytest.approx(1 / 40)
 
 
@@ -101,12 +101,12 @@ def test_branches_differ_in_the_experts_alone(tmp_path: Path) -> None:
     train(run, Copy())
     kept = "step-000004.safetensors"
     for name, qat in (("with", True), ("without", False)):
-        plan = branch(run, kept, tmp_path / name, steps=3, qat=qat)
+        plan = branch(run, kept, tmp_path / name, steps=3, qat_steps=3 * qat)
         assert (plan.steps, plan.decay_from, plan.qat_from) == (7, 4, 4 if qat else 7)
     ends = [train(tmp_path / name, Copy()) for name in ("with", "without")]
     assert ends[0].step == ends[1].step == 7 and not same(*ends)
     with pytest.raises(KimiError, match="already exists"):
-        branch(run, kept, tmp_path / "with", steps=3, qat=True)
+        branch(run, kept, tmp_path / "with", steps=3, qat_steps=3)
 
 
 def test_bias_follows_the_load_until_it_is_frozen() -> None:

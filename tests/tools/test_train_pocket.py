@@ -44,7 +44,7 @@ def test_from_nothing_to_a_model(tool: ModuleType, monkeypatch: pytest.MonkeyPat
     assert run(tool, monkeypatch, "train", data, "--out", out, "--steps=2", *OPTIONS) == 0
     assert json.loads((out / SETTINGS).read_text())["steps"] == 2 and (out / LOG).exists()
     assert run(tool, monkeypatch, "train", data, "--out", out) == 0, "a finished run stays finished"
-    assert run(tool, monkeypatch, "branch", out, data, tmp_path / "end", "--steps=1", "--no-qat") == 0
+    assert run(tool, monkeypatch, "branch", out, data, tmp_path / "end", "--steps=1", "--lr=0.1", "--plateau=1") == 0
     assert run(tool, monkeypatch, "export", out, tmp_path / "model", "--data", data) == 0
     assert sum(path.stat().st_size for path in (tmp_path / "model").iterdir()) < 30e6
     with Kimi.load(tmp_path / "model", ctx=64, threads=1) as kimi:

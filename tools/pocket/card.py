@@ -61,8 +61,9 @@ def _recipe(settings: Settings, log: list[dict[str, Any]]) -> Iterator[str]:
     seen = last["tokens"] / 1e6
     stacks = sum(len(shape) > 1 and not name.endswith(APART) for name, shape in shapes(settings.config).items())
     yield f"- {last['step']:,} steps of {settings.rows} x {settings.length} tokens, {seen:.1f} million in all"
-    yield f"- Muon for {stacks} stacks of matrices, AdamW for embedding, head, router and norms; rate {settings.lr:g},"
-    yield f"  from step {settings.decay_from:,} on falling to nothing; weight decay {settings.weight_decay:g}"
+    yield f"- Muon for {stacks} stacks of matrices, AdamW for embedding, head, router and norms; rates"
+    yield f"  {_rates(settings)}, from step {settings.decay_from:,} on falling to nothing; decay of weights"
+    yield f"  {settings.weight_decay:g}"
     if settings.tau:
         yield f"- QK-Clip at {settings.tau:g}: heads were clipped in {clipped} of {len(log)} stretches of ten steps"
     yield f"- experts multiplied in INT4 from step {settings.qat_from:,} on; these are released"
@@ -78,6 +79,10 @@ def _recipe(settings: Settings, log: list[dict[str, Any]]) -> Iterator[str]:
         )
     yield ""
     yield "![Loss and largest attention logit](curves.png)"
+
+
+def _rates(settings: Settings) -> str:
+    return "".join(f"{rate:g} until step {int(end):,}, then " for end, rate in settings.earlier) + f"{settings.lr:g}"
 
 
 def _marks(log: list[dict[str, Any]], count: int = 10) -> list[dict[str, Any]]:

@@ -33,7 +33,8 @@ class Settings:
     rows: int = 16
     length: int = 256
     shard_rows: int = 8  # rows computed together; shards run side by side and are added in order
-    lr: float = 1e-2
+    lr: float = 4e-3  # of the plateau
+    earlier: list[list[float]] = field(default_factory=list)  # plateaus before it: [first step that is not theirs, rate]
     warmup: int = 100
     weight_decay: float = 0.1
     clip_norm: float = 1.0
@@ -49,7 +50,8 @@ class Settings:
         """The learning rate: a linear rise, a plateau, a linear fall."""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
         fall = (self.steps - step) / (self.steps - self.decay_from) if step >= self.decay_from else 1.0
-        return self.lr * rise * fall
+        level = next((rate for end, rate in self.earlier if step < end), self.lr)
+        return level * rise * fall
 
     def save(self, run: Path) -> None:
         write_durably(run / SETTINGS, (json.dumps(asdict(self), indent=2) + "\n").encode())

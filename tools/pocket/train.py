@@ -6,6 +6,7 @@ shards: any number of threads gives the same bits.
 """
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -182,18 +183,25 @@ def seconds_per_step(settings: Settings, data: Data, threads: int) -> float:
     return sum(times[2:]) / len(times[2:])
 
 
-def branch(run: Path, checkpoint: str, new: Path, *, steps: int, qat: bool) -> Settings:
-    """Make `new` a run that continues `checkpoint` of `run` for `steps` steps, the rate falling from now on.
+def branch(
+    run: Path, checkpoint: str, new: Path, *, steps: int, qat_steps: int, plateau: int = 0, lr: float | None = None
+) -> Settings:
+    """Make `new` a run that continues `checkpoint` of `run` for `steps` steps.
 
-    Two branches that differ in `qat` alone see the same data at the same rates. Raises KimiError if `new` exists.
+    The rate stays on its plateau, or on a new one of `lr`, for the first `plateau` steps and falls from then on; experts
+    are INT4 in the last `qat_steps`. Two branches that differ in these alone see the same data at the same rates.
+    Raises KimiError if `new` exists.
     """
     if new.exists():
         raise KimiError(f"{new} already exists.", "Choose another directory.")
-    state, settings = State.load(run / checkpoint), Settings.load(run)
-    end = state.step + steps
-    changed: dict[str, Any] = {"steps": end, "decay_from": state.step, "qat_from": state.step if qat else end}
+    state, old = State.load(run / checkpoint), Settings.load(run)
+    end, fall = state.step + steps, state.step + plateau
+    changed: dict[str, Any] = {"steps": end, "decay_from": fall, "qat_from": end - qat_steps, "freeze_from": fall}
+    if lr is not None:
+        changed |= {"lr": lr, "earlier": [*old.earlier, [state.step, old.lr]]}
+    settings = dataclasses.replace(old, **changed)
     new.mkdir(parents=True)
-    settings = dataclasses.replace(settings, **changed)
     state.save(new / CHECKPOINT)
+    shutil.copyfile(run / LOG, new / LOG)  # lines behind the checkpoint are dropped when the run begins
     settings.save(new)
     return settings
