@@ -17,6 +17,7 @@ from cli.doctor import doctor
 from cli.eval import evaluate
 from cli.options import ENVIRONMENT, Debug
 from cli.output import tolerate_narrow_encodings
+from cli.plan import plan
 from cli.pull import pull
 from cli.quantize import quantize
 from hybrid.errors import KimiError
@@ -101,6 +102,7 @@ def root(
 
 app.command(epilog=ENVIRONMENT)(chat)
 app.command()(doctor)
+app.command()(plan)
 app.command()(pull)
 app.command()(quantize)
 app.command()(compare)
