@@ -34,6 +34,7 @@ def chat(
     threads: o.Threads = None,
     device: o.Device = None,
     activations: o.ActivationsOption = Activations.int8,
+    ram_budget: o.RamBudget = None,
     verify: o.Verify = False,
     json: o.Json = False,
     stream_json: o.StreamJson = False,

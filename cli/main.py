@@ -20,6 +20,7 @@ from cli.output import tolerate_narrow_encodings
 from cli.plan import plan
 from cli.pull import pull
 from cli.quantize import quantize
+from cli.stats import stats
 from hybrid.errors import KimiError
 
 CLOSED_PIPE = 141  # what the shell reports for a program that SIGPIPE ended
@@ -107,6 +108,7 @@ app.command()(pull)
 app.command()(quantize)
 app.command()(compare)
 app.command()(calibrate)
+app.command()(stats)
 app.command("eval")(evaluate)
 app.add_typer(bench_app, name="bench")
 

@@ -28,6 +28,7 @@ OpenKimi = Callable[[ChatOptions, "OnProgress"], "Kimi"]
 STAGES = {
     "demo": "Building the demo model (first run only)",
     "load": "Loading",
+    "tier": "Filling RAM with the experts used most; the others stay on the drive",
     "compile": "Preparing the kernels (compiled on the first run)",
 }
 
@@ -42,6 +43,8 @@ def load_kimi(options: ChatOptions, on_progress: OnProgress) -> Kimi:
         threads=options.threads,
         ctx=options.ctx,
         activations=options.activations.value,
+        ram_budget=options.ram_budget,
+        keep_stats=options.stats is not False,
         verify=options.verify,
         on_progress=on_progress,
     )
@@ -73,7 +76,7 @@ def open_with_status(options: ChatOptions, open_kimi: OpenKimi) -> Kimi:
             label = STAGES.get(progress.stage, progress.stage)
             if status is not None:
                 status.show(label, replace(progress, unit="") if progress.stage == "demo" else progress)
-            elif progress.stage == "demo" and not options.quiet and label not in told:
+            elif progress.stage in ("demo", "tier") and not options.quiet and label not in told:
                 print(f"{label} ...", file=sys.stderr)  # half a minute: worth a line in any log
                 told.add(label)
 

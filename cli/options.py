@@ -63,6 +63,7 @@ def _parsed(parse: Callable[[str], _T]) -> Callable[[Any], _T]:
 
 
 _tokens = _parsed(parse_tokens)
+_bytes = _parsed(parse_bytes)
 
 
 def option(*names: str, help: str, env: bool = True, show_default: bool | str = False, **more: Any) -> Any:
@@ -100,6 +101,8 @@ def conversation(*names: str, help: str, **more: Any) -> Any:
 _MODEL = "Directory of a checkpoint, demo or pocket; without one demo, which is built on first use."
 _SYSTEM = 'System prompt; "" removes the default one.'
 _BUDGET = "End the reasoning after so many tokens: 8k, 32k, 96k, ..."
+_RAM = "For a pack's experts; those beyond it are read from the drive when needed. By default all that is free."
+_STATS = "Counts and speeds below answers; --no-stats also keeps no record of the experts chosen."
 _HISTORY = "Save neither the conversation nor what is typed."
 _ACTIVATIONS = "What experts compute with; float32 is slow and for verification."
 
@@ -139,10 +142,11 @@ Ctx = Annotated[int | None, machine("--ctx", "--ctx-size", metavar="TOKENS", par
 Threads = Annotated[int | None, machine("--threads", metavar="N", min=1, help="Cores to compute on.")]
 Device = Annotated[str | None, machine("--device", metavar="NAME", help="cpu or cuda.")]
 ActivationsOption = Annotated[Activations, machine("--activations", help=_ACTIVATIONS, show_default=True)]
+RamBudget = Annotated[int | None, machine("--ram-budget", metavar="SIZE", parser=_bytes, help=_RAM)]
 Verify = Annotated[bool, machine("--verify", help="Compare every expert of a pack with its checksum first.")]
 Json = Annotated[bool, output("--json", help="One JSON object: text, reasoning, usage, timings, ...")]
 StreamJson = Annotated[bool, output("--stream-json", help="JSON lines as they come, then that object.")]
-Stats = Annotated[bool | None, output("--stats/--no-stats", help="Counts and speeds below answers.")]
+Stats = Annotated[bool | None, output("--stats/--no-stats", help=_STATS)]
 Quiet = Annotated[bool, output("-q", "--quiet", help="Nothing but the answer and errors.")]
 Raw = Annotated[bool, output("--raw", help="The answer as the model wrote it, no markdown.")]
 NoStream = Annotated[bool, output("--no-stream", help="Show the answer when it is complete.")]
@@ -184,6 +188,7 @@ class ChatOptions:
     threads: int | None = None
     device: str | None = None
     activations: Activations = Activations.int8
+    ram_budget: int | None = None
     verify: bool = False
     json: bool = False
     stream_json: bool = False

@@ -83,6 +83,8 @@ def stats_line(stats: Stats, capacity: int, ceiling_gbps: float | None, width: i
         parts.insert(2, f"first token {duration(stats.first_token_s)}")
     if stats.ram_gbps:
         parts.append(bandwidth(stats.ram_gbps, ceiling_gbps))
+    if stats.tier_hits + stats.tier_misses:
+        parts.append(drive(stats))
     return fitted(parts, width)
 
 
@@ -101,6 +103,13 @@ def bandwidth(gbps: float, ceiling_gbps: float | None) -> str:
     """'RAM 19 GB/s (78% of 25)', without the share where no ceiling is known."""
     line = f"RAM {rate(gbps)} GB/s"
     return f"{line} ({gbps / ceiling_gbps:.0%} of {rate(ceiling_gbps)})" if ceiling_gbps else line
+
+
+def drive(stats: Stats) -> str:
+    """'NVMe 1.2 GB/tok, 81% of experts in RAM, waited 12 s', where some experts stay on the drive."""
+    per_token = stats.nvme_bytes / max(1, stats.generated_tokens - 1)
+    hits = stats.tier_hits / (stats.tier_hits + stats.tier_misses)
+    return f"NVMe {byte_count(per_token)}/tok, {hits:.0%} of experts in RAM, waited {duration(stats.stall_s)}"
 
 
 def is_drawable(stream: TextIO) -> bool:

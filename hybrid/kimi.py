@@ -1,6 +1,7 @@
 """`Kimi`: a loaded model that can be talked to. Engine and chat put together, nothing else."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from hybrid.chat.message import Message
 from hybrid.chat.parser import ReplyParser
 from hybrid.chat.template import ChatTemplate
 from hybrid.chat.tokenizer import Tokenizer
-from hybrid.checkpoint import Checkpoint, open_checkpoint
+from hybrid.checkpoint import Checkpoint, Pack, open_checkpoint
 from hybrid.config import ModelConfig
 from hybrid.device import choose_device, use_threads
 from hybrid.engine.engine import Engine
@@ -23,6 +24,8 @@ from hybrid.errors import DoesNotFit, UsageError
 from hybrid.memory.bandwidth import ram_ceiling_gbps
 from hybrid.memory.hardware import available_ram
 from hybrid.memory.kv_cache import KVCache
+from hybrid.memory.router_stats import read_counts, save_counts, stats_file
+from hybrid.memory.tiers import NvmeTier
 from hybrid.model.transformer import Placement, Transformer
 from hybrid.names import DEMO, model_path
 from hybrid.progress import OnProgress, Progress, ignore
@@ -35,6 +38,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Thinking and instant, as Moonshot recommends for K2.5.
 RECOMMENDED = {True: {"temperature": 1.0, "top_p": 0.95}, False: {"temperature": 0.6, "top_p": 0.95}}
 GIB = 1 << 30
+SPARE = 16  # of the free memory, one part in so many is left free where experts take what they can get
 
 __all__ = ["Kimi", "Message", "Reply", "SamplingParams", "Stats"]
 
@@ -42,10 +46,14 @@ __all__ = ["Kimi", "Message", "Reply", "SamplingParams", "Stats"]
 class Kimi:
     """A model in memory. One thread at a time may iterate its replies; use as a context manager or `close` it."""
 
-    def __init__(self, checkpoint: Checkpoint, engine: Engine) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, engine: Engine, tier: NvmeTier | None = None, stats_file: Path | None = None
+    ) -> None:
         """Use `Kimi.load`."""
         self._checkpoint = checkpoint
         self._engine = engine
+        self._tier = tier
+        self._stats_file = stats_file
 
     @classmethod
     def load(
@@ -57,6 +65,8 @@ class Kimi:
         threads: int | None = None,
         ctx: int | None = None,
         cache: int | None = None,
+        ram_budget: int | None = None,
+        keep_stats: bool = False,
         activations: str = "int8",
         verify: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
@@ -67,8 +77,12 @@ class Kimi:
         dtype bfloat16 (default) or float32, of the resident weights; activations int8 (default) or float32, of the
         routed experts' inputs; ctx in tokens, of prompt and answer; cache in tokens (default and at least ctx), shared
         by what `generate_many` makes at once; verify compares every expert of a pack with its checksum before it is
-        used (resident weights always are). Raises CheckpointError for a model that is missing, damaged or unknown,
-        and DoesNotFit, before reading weights, when memory will not hold it.
+        used (resident weights always are). ram_budget in bytes: of a pack's routed experts, so many are kept in RAM and
+        the others read from its files as they are needed, for the same answers; None keeps all of them, or as many as
+        fit. keep_stats adds how experts were chosen to what is known of the model, when it is closed.
+
+        Raises CheckpointError for a model that is missing, damaged or unknown, and DoesNotFit, before reading weights,
+        when memory will not hold it.
         """
         if activations not in ("int8", "float32") or dtype not in (None, *DTYPES):
             raise UsageError(f"activations {activations!r} with dtype {dtype!r} is not a choice.", "See --help.")
@@ -82,11 +96,16 @@ class Kimi:
         if ctx and ctx > tokens:
             raise UsageError(f"The context of {ctx:,} tokens is too long.", f"This model takes {tokens:,}.")
         room = max(tokens, cache or 0)
-        _require_memory(checkpoint, placement, room)
-        layers = config.num_hidden_layers
-        model = Transformer(checkpoint, placement, lambda done: report(Progress("load", done, layers, "layers")))
+        tier = _open_tier(checkpoint, placement, room, ram_budget)
+        if tier is not None:
+            placement = replace(placement, tier=tier)
+        model = Transformer(checkpoint, placement, _loading(checkpoint, placement, tier, report))
+        known = stats_file(checkpoint)
+        if tier is not None:
+            tier.preload(read_counts(known, config), lambda done, total: report(Progress("tier", done, total, "B")))
+            model.stats.tier = tier.counters
         kv = KVCache(config, room, dtype=placement.dtype, device=placement.device)
-        kimi = cls(checkpoint, Engine(model, kv, prefill_chunk, tokens))
+        kimi = cls(checkpoint, Engine(model, kv, prefill_chunk, tokens), tier, known if keep_stats else None)
         kimi._compile(report)
         return kimi
 
@@ -196,16 +215,29 @@ class Kimi:
         return len(self._render(messages, tools, self.default_thinking if thinking is None else thinking))
 
     def expert_report(self) -> dict[str, Any]:
-        """Use of the routed experts since loading: `layers`, and `counts` int64 [layers, experts] as lists."""
-        stats = self._engine.model.stats
-        return {"layers": list(stats.layers), "counts": [stats.counts[layer].tolist() for layer in stats.layers]}
+        """Use of the routed experts since loading: `layers`, `counts` int64 [layers, experts] as lists, and `tier`.
+
+        That is None where all experts are in RAM, else `TierCounters` with its `hit_rate`, `slots` and `slot_bytes`.
+        """
+        stats, tier = self._engine.model.stats, self._tier
+        facts = {} if tier is None else {"slots": tier.slots.count, "slot_bytes": tier.slot_bytes}
+        return {
+            "layers": list(stats.layers),
+            "counts": [stats.counts[layer].tolist() for layer in stats.layers],
+            "tier": None if tier is None else asdict(tier.counters) | {"hit_rate": tier.counters.hit_rate} | facts,
+        }
 
     def ram_ceiling_gbps(self) -> float:
         """This machine's read bandwidth at the threads in use, in GB/s; measured once per machine and kept."""
         return ram_ceiling_gbps(torch.get_num_threads())
 
     def close(self) -> None:
-        """Let go of the weights' files."""
+        """Let go of the weights' files, and keep the routing if that was asked for."""
+        if self._stats_file is not None:
+            save_counts(self._stats_file, self.config, self._engine.model.stats.counts)
+            self._stats_file = None
+        if self._tier is not None:
+            self._tier.close()
         self._checkpoint.close()
 
     def __enter__(self) -> "Kimi":
@@ -227,16 +259,41 @@ class Kimi:
         report(Progress("compile", 1, 1, "kernels"))
 
 
-def _require_memory(checkpoint: Checkpoint, placement: Placement, tokens: int) -> None:
-    """Refuse, with the sizes, what memory cannot hold: before a weight is read."""
-    itemsize = placement.dtype.itemsize
-    parts = checkpoint.load_bytes(itemsize, packed=placement.device.type == "cpu" and not placement.exact)
-    cache = tokens * checkpoint.config.kv_bytes_per_token(itemsize)
-    needed, available = sum(parts.values()) + cache, available_ram()
-    if needed > available:
+def _load_bytes(checkpoint: Checkpoint, placement: Placement) -> dict[str, int]:
+    packed = placement.device.type == "cpu" and not placement.exact
+    return checkpoint.load_bytes(placement.dtype.itemsize, packed=packed)
+
+
+def _loading(
+    checkpoint: Checkpoint, placement: Placement, tier: NvmeTier | None, report: OnProgress
+) -> Callable[[int], None]:
+    """What `Transformer` tells of its layers, as bytes."""
+    parts, layers = _load_bytes(checkpoint, placement), checkpoint.config.num_hidden_layers
+    total = sum(parts.values()) - (0 if tier is None else parts["routed_experts"])
+    return lambda done: report(Progress("load", total * done // layers, total, "B"))
+
+
+def _open_tier(checkpoint: Checkpoint, placement: Placement, tokens: int, ram_budget: int | None) -> NvmeTier | None:
+    """None where all routed experts are to be in RAM, else what keeps `ram_budget` bytes of them there.
+
+    Refuses, with the sizes, what memory cannot hold: before a weight is read.
+    """
+    parts = _load_bytes(checkpoint, placement)
+    cache = tokens * checkpoint.config.kv_bytes_per_token(placement.dtype.itemsize)
+    experts, needed, available = parts["routed_experts"], sum(parts.values()) + cache, available_ram()
+    room = available - (needed - experts)
+    pack = checkpoint if isinstance(checkpoint, Pack) and not placement.exact else None
+    if ram_budget is not None and pack is None:
+        raise UsageError("Only packs, with int8 activations, run with a RAM budget.", "Make one: kimi-local quantize.")
+    if pack is not None and ram_budget is not None and ram_budget < experts and ram_budget <= room:
+        return NvmeTier(pack, ram_budget)
+    if pack is not None and ram_budget is None and 0 < room < experts:
+        return NvmeTier(pack, max(0, room - available // SPARE))
+    if experts > room:
         sizes = ", ".join(f"{name.replace('_', ' ')} {size / GIB:,.1f} GiB" for name, size in parts.items())
         raise DoesNotFit(
             f"This model needs {needed / GIB:,.1f} GiB of memory ({sizes}, KV cache {cache / GIB:,.1f} GiB for "
             f"{tokens:,} tokens) and {available / GIB:,.1f} GiB are free.",
-            "Nothing was read. Use a smaller --ctx, a smaller model, or a machine with more memory.",
+            "Nothing was read. Use a smaller --ctx or --ram-budget, a smaller model, or a machine with more memory.",
         )
+    return None

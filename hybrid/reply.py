@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from hybrid.chat.message import Message, Part, ToolCall
 from hybrid.chat.parser import ReplyParser
@@ -65,14 +66,21 @@ class Reply:
         first = 0.0
         experts_before = host_before = 0
         model = self._engine.model
+        tier = tier_before = model.stats.tier
         for token in ids:
             now = time.perf_counter()
             if not first:
                 first, experts_before, host_before = now, model.stats.expert_bytes, model.host_bytes
+                tier_before = None if tier is None else replace(tier)
                 self._note_prefill(now - started)
             self.stats.decode_s = now - first
             self.stats.expert_bytes = model.stats.expert_bytes - experts_before
             self.stats.host_bytes = model.host_bytes - host_before
+            if tier is not None and tier_before is not None:
+                self.stats.tier_hits = tier.hits - tier_before.hits
+                self.stats.tier_misses = tier.misses - tier_before.misses
+                self.stats.nvme_bytes = tier.nvme_bytes - tier_before.nvme_bytes
+                self.stats.stall_s = tier.stall_s - tier_before.stall_s
             if token not in self._request.params.stop_ids:
                 yield from self._take(token)
         yield from self._emit(self._parser.finish())

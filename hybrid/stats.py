@@ -16,6 +16,11 @@ class Stats:
     decode_s: float = 0.0  # from the first token to the last
     expert_bytes: int = 0  # routed experts' weights read while decoding
     host_bytes: int = 0  # all weights read from the host's memory while decoding, those included
+    # where some experts stay on the drive, while decoding:
+    tier_hits: int = 0  # experts found in RAM, counted once per step and layer
+    tier_misses: int = 0  # and those that were not
+    nvme_bytes: int = 0  # read from the drive
+    stall_s: float = 0.0  # seconds in which arithmetic waited for it
 
     @property
     def prefilled_tokens(self) -> int:

@@ -111,7 +111,7 @@ def moe_reference(experts: Experts, x: np.ndarray, topk_ids: np.ndarray, topk_we
     return y
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)  # so that other threads can have a drive read meanwhile
 def _moe(gate_up, down, topk_ids, topk_weights, x, inputs, inner, raw, y, widened, counters):
     pairs = group_by_expert(topk_ids, topk_weights, gate_up.blocks.shape[0])
     size = pairs.experts.size * (gate_up.blocks[0].size + down.blocks[0].size)

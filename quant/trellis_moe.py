@@ -162,7 +162,7 @@ def _by_token(pairs, tokens, k):
     return found
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)  # so that other threads can have a drive read meanwhile
 def _launch(data, gate_up, down, topk_ids, topk_weights, x, inputs, inner, buffers, y, threads):
     pairs = group_by_expert(topk_ids, topk_weights, gate_up.planes.shape[0])
     by_token = _by_token(pairs, x.shape[0], topk_ids.shape[1])

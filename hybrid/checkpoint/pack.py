@@ -1,12 +1,13 @@
 """Reading a pack: a model directory whose routed experts stand ready for the kernels (see `manifest` for its files).
 
 Opening checks all that headers and the manifest can tell. A resident tensor is compared with its checksum when it is
-first asked for; experts are compared when their layer is first asked for, if the pack was opened with `verify`.
+first asked for; experts are compared when their layer is first asked for, if the pack was opened with `verify`. Who
+reads the experts' files without mapping them compares with `require_checksum`.
 """
 
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,6 @@ import torch
 from hybrid.checkpoint.blob import Formats, Shapes, decode_blob
 from hybrid.checkpoint.header import damaged
 from hybrid.checkpoint.hf import Checkpoint, Expert, Located, map_file, read_json
-from hybrid.checkpoint.manifest import LayerRecord
 from hybrid.checkpoint.pack_check import PackScan, require_sound, scan_pack
 
 
@@ -39,7 +39,7 @@ class Pack(Checkpoint):
         super().__init__(scan.path, raw, defaults, scan.headers)
         self.manifest = scan.manifest
         self.shapes = Shapes.of(self.config)
-        self._verify = verify
+        self.verify = verify
         self._unread = _tensor_checksums(scan)
         self._sound_layers: set[int] = set()
 
@@ -47,16 +47,28 @@ class Pack(Checkpoint):
         """All routed experts of a layer. Raises CheckpointError for a damaged one if the pack is verified."""
         record = self.manifest.layers[layer]
         data = self._map(self.path / record.file)
-        if self._verify and layer not in self._sound_layers:
-            _require_checksums(self.path / record.file, layer, record, data)
+        blobs = LayerBlobs(data, record.offsets, record.formats)
+        if self.verify and layer not in self._sound_layers:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                experts = range(len(record.formats))
+                list(pool.map(lambda i: self.require_checksum(layer, i, [self._blob(blobs, i)]), experts))
             self._sound_layers.add(layer)
-        return LayerBlobs(data, record.offsets, record.formats)
+        return blobs
+
+    def require_checksum(self, layer: int, i: int, parts: Sequence[np.ndarray]) -> None:
+        """Raise CheckpointError unless `parts`, uint8, in a row are expert `i`; its padding may be absent."""
+        record, crc = self.manifest.layers[layer], 0
+        for part in parts:
+            crc = zlib.crc32(part.data, crc)
+        absent = self.shapes.blob_bytes(record.formats[i]) - sum(part.size for part in parts)
+        if zlib.crc32(bytes(absent), crc) != record.crc32[i]:
+            what = f"layer {layer} expert {i} does not have the checksum in its manifest"
+            raise damaged(self.path / record.file, what)
 
     def expert(self, layer: int, i: int, dtype: torch.dtype = torch.bfloat16) -> Expert:
         """Routed expert `i` of `layer`, decoded; float32 keeps what the kernels see."""
         blobs = self.experts(layer)
-        size = self.shapes.blob_bytes(blobs.formats[i])
-        blob = blobs.data[blobs.offsets[i] : blobs.offsets[i] + size]
+        blob = self._blob(blobs, i)
         return Expert(*decode_blob(blob, blobs.formats[i], self.shapes, self.manifest.seed, layer, dtype))
 
     def expert_format(self, layer: int) -> str:
@@ -66,6 +78,9 @@ class Pack(Checkpoint):
     def load_bytes(self, dtype_size: int = 2, packed: bool = True) -> dict[str, int]:
         """As for any checkpoint; "routed_experts" are the blobs."""
         return super().load_bytes(dtype_size, packed) | {"routed_experts": self.manifest.expert_bytes}
+
+    def _blob(self, blobs: LayerBlobs, i: int) -> np.ndarray:
+        return blobs.data[blobs.offsets[i] :][: self.shapes.blob_bytes(blobs.formats[i])]
 
     def _map(self, path: Path) -> np.ndarray:
         if path not in self._maps:
@@ -99,13 +114,3 @@ def _tensor_checksums(scan: PackScan) -> dict[tuple[Path, int], tuple[str, int]]
     crcs = {record.file: record.crc32 for record in scan.manifest.residents}
     entries = ((header.path, name, entry) for header in scan.headers for name, entry in header.entries.items())
     return {(path, entry.start): (name, crcs[path.name][name]) for path, name, entry in entries}
-
-
-def _require_checksums(path: Path, layer: int, record: LayerRecord, data: np.ndarray) -> None:
-    ends = [*record.offsets.tolist()[1:], record.size]
-    spans = list(zip(record.offsets.tolist(), ends, strict=True))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found: Iterable[int] = pool.map(lambda span: zlib.crc32(data[span[0] : span[1]].data), spans)
-        for i, (crc, recorded) in enumerate(zip(found, record.crc32, strict=True)):
-            if crc != recorded:
-                raise damaged(path, f"layer {layer} expert {i} does not have the checksum in its manifest")

@@ -1,7 +1,8 @@
-"""Every routed expert on the host, in the layout its kernel reads."""
+"""Every routed expert on the host, in the layout its kernel reads; of a pack perhaps only some, see `tiers`."""
 
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Protocol
 
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hybrid.checkpoint import Checkpoint, Expert, Int4Weight
-from hybrid.checkpoint.pack import LayerBlobs, Pack
+from hybrid.checkpoint.pack import Pack
 from hybrid.config import ModelConfig
+from hybrid.memory.direct import PIECE, READERS, DirectFile
+from hybrid.memory.tiers import NvmeTier
 from quant import aligned, int4_g32, kernels, trellis_moe
 from quant.rotation import MATRICES, signs
-
-PIECE = 1 << 24  # bytes one thread copies at a time
 
 
 class LayerExperts(Protocol):
@@ -76,9 +77,16 @@ class ExactExperts:
         return out
 
 
-def load_experts(checkpoint: Checkpoint, layer: int, *, exact: bool, dtype: torch.dtype, threads: int) -> LayerExperts:
-    """The experts of one layer as their kernels read them; decoded and multiplied by torch instead if `exact`."""
-    with ThreadPoolExecutor(threads) as pool:
+def load_experts(
+    checkpoint: Checkpoint, layer: int, *, exact: bool, dtype: torch.dtype, threads: int, tier: NvmeTier | None = None
+) -> LayerExperts:
+    """The experts of one layer as their kernels read them; decoded and multiplied by torch instead if `exact`.
+
+    With a `tier`, made of the same pack, nothing is read now.
+    """
+    if tier is not None:
+        return PackedExperts(partial(tier.moe, layer), tier.expert_bytes(layer))
+    with ThreadPoolExecutor(max(threads, READERS)) as pool:
         if isinstance(checkpoint, Pack):
             return _from_pack(checkpoint, layer, exact, dtype, pool)
         if checkpoint.expert_format(layer) == "int4_g32":
@@ -115,33 +123,44 @@ def _int4_experts(experts: kernels.Experts) -> PackedExperts:
 
 
 def _from_pack(pack: Pack, layer: int, exact: bool, dtype: torch.dtype, pool: Executor) -> LayerExperts:
-    """Blobs are copied, not used where they are mapped: the kernels must never wait for a page of a file."""
-    blobs = pack.experts(layer)
-    sizes = np.array([sum(pack.shapes.sizes(formats)) for formats in blobs.formats])
+    """Blobs are read, not used where they could be mapped: the kernels must never wait for a page of a file."""
+    record = pack.manifest.layers[layer]
+    sizes = np.array([sum(pack.shapes.sizes(formats)) for formats in record.formats])
     if exact:
         return ExactExperts(lambda i: _dense(pack.expert(layer, i, dtype), dtype), sizes)
-    if blobs.formats[0][0] == "int4_g32":  # then all are
-        return _int4_experts(_split_int4(blobs, pack.config, pool))
-    data = aligned.empty(blobs.data.shape)
-    pieces = [slice(start, start + PIECE) for start in range(0, data.size, PIECE)]
-    list(pool.map(lambda piece: np.copyto(data[piece], blobs.data[piece]), pieces))
+    with closing(DirectFile(pack.path / record.file)) as file:
+        if record.formats[0][0] == "int4_g32":  # then all are
+            return _int4_experts(_read_int4(pack, layer, file, pool))
+        data = _read_blobs(pack, layer, file, pool)
     gate_up, down = (
         signs(pack.manifest.seed, layer, name, shape[1]) for name, shape in zip(MATRICES, pack.shapes, strict=True)
     )
-    experts = trellis_moe.experts(data, blobs.offsets, blobs.formats, (gate_up, down))
+    experts = trellis_moe.experts(data, record.offsets, record.formats, (gate_up, down))
     return PackedExperts(partial(trellis_moe.moe, experts), sizes)
 
 
-def _split_int4(blobs: LayerBlobs, config: ModelConfig, pool: Executor) -> kernels.Experts:
-    """INT4 blobs into the two stacks of their kernel."""
-    experts = _empty_int4(config)
-    gate_up, down = (stack.blocks.reshape(config.n_routed_experts, -1) for stack in experts)
+def _read_blobs(pack: Pack, layer: int, file: DirectFile, pool: Executor) -> np.ndarray:
+    """A layer's file, uint8, verified if the pack is."""
+    record = pack.manifest.layers[layer]
+    data = aligned.empty((record.size,))
+    list(pool.map(lambda start: file.read(start, [data[start : start + PIECE]]), range(0, data.size, PIECE)))
+    if pack.verify:
+        blobs = np.split(data, record.offsets[1:])
+        list(pool.map(lambda i: pack.require_checksum(layer, i, [blobs[i]]), range(len(blobs))))
+    return data
 
-    def split(index: int) -> None:
-        blob, middle = blobs.data[blobs.offsets[index] :], gate_up.shape[1]
-        gate_up[index], down[index] = blob[:middle], blob[middle : middle + down.shape[1]]
 
-    list(pool.map(split, range(config.n_routed_experts)))
+def _read_int4(pack: Pack, layer: int, file: DirectFile, pool: Executor) -> kernels.Experts:
+    """A layer's INT4 blobs, each into its places in the two stacks of their kernel; verified if the pack is."""
+    experts, offsets = _empty_int4(pack.config), pack.manifest.layers[layer].offsets
+
+    def read(index: int) -> None:
+        parts = [stack.blocks[index].reshape(-1) for stack in experts]
+        file.read(int(offsets[index]), parts)
+        if pack.verify:
+            pack.require_checksum(layer, index, parts)
+
+    list(pool.map(read, range(len(offsets))))
     return experts
 
 

@@ -1,8 +1,47 @@
-"""How often each expert was chosen: cheap to record, the basis of every decision about where experts live."""
+"""How often each expert was chosen: cheap to record, the basis of every decision about where experts live.
+
+Counts of all runs of a model are kept in the user's cache, in a file named by the model's fingerprint: a pack and the
+checkpoint it was made of share it, because they route alike.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import platformdirs
 
+from hybrid.checkpoint import Checkpoint
+from hybrid.checkpoint.calibration import fingerprint
 from hybrid.config import ModelConfig
+
+HOT = 0.1  # the share of a layer's experts whose part of its choices `layer_heat` gives
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TierCounters:
+    """What became of the experts asked for where some stay on the drive; one counts once per step and layer."""
+
+    hits: int = 0  # lay in RAM
+    misses: int = 0  # had to be waited for
+    foreseen: int = 0  # reads begun before they were asked for
+    evictions: int = 0
+    ram_bytes: int = 0  # of hits
+    nvme_bytes: int = 0  # read from the drive
+    stall_s: float = 0.0  # seconds in which arithmetic waited for the drive
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+    def reset(self) -> None:
+        self.__dict__.update(TierCounters().__dict__)
 
 
 class RouterStats:
@@ -12,6 +51,7 @@ class RouterStats:
         self.layers = config.moe_layers
         self.counts = np.zeros((config.num_hidden_layers, config.n_routed_experts), np.int64)
         self.expert_bytes = 0  # bytes of routed experts read so far; an expert counts once per step and layer
+        self.tier: TierCounters | None = None  # of the NVMe tier, where there is one
 
     def record(self, layer: int, topk_ids: np.ndarray, expert_bytes: np.ndarray) -> None:
         """topk_ids int [tokens, k] of one step; `expert_bytes` int64 [experts], the sizes of this layer's experts."""
@@ -23,3 +63,59 @@ class RouterStats:
         """Start counting afresh."""
         self.counts[:] = 0
         self.expert_bytes = 0
+        if self.tier is not None:
+            self.tier.reset()
+
+
+# -- on disk ----------------------------------------------------------------------------------------------------------
+def stats_file(checkpoint: Checkpoint) -> Path:
+    """Where this model's counts are kept; there may be nothing yet."""
+    return platformdirs.user_cache_path("kimi-local") / "router" / f"{fingerprint(checkpoint)[:32]}.json"
+
+
+def read_counts(path: Path, config: ModelConfig) -> np.ndarray:
+    """int64 [layers, experts] as `RouterStats.counts`, of all saved runs; zeros where the file says nothing of use."""
+    counts = np.zeros((config.num_hidden_layers, config.n_routed_experts), np.int64)
+    try:
+        for layer, row in json.loads(path.read_text())["counts"].items():
+            counts[int(layer)] = np.array(row, np.int64).reshape(config.n_routed_experts)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        log.debug("%s: %r: no counts of earlier runs", path, error)
+        return np.zeros_like(counts)
+    return counts if (counts >= 0).all() else np.zeros_like(counts)
+
+
+def save_counts(path: Path, config: ModelConfig, counts: np.ndarray) -> None:
+    """Add `counts` to what the file holds, whole or not at all; where it cannot be written, nothing is kept."""
+    if not counts.any():
+        return
+    total = read_counts(path, config) + counts
+    rows = {str(layer): total[layer].tolist() for layer in config.moe_layers}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".new")
+        with os.fdopen(handle, "w") as file:
+            json.dump({"counts": rows}, file, separators=(",", ":"))
+        os.replace(name, path)
+    except OSError as error:
+        log.debug("%s: %s: the routing of this run is not kept", path, error)
+
+
+# -- what they say ----------------------------------------------------------------------------------------------------
+class LayerHeat(NamedTuple):
+    """How unevenly a layer chooses."""
+
+    choices: int
+    hot_share: float  # of its choices, those of the hottest tenth of its experts
+    entropy: float  # bits, of the distribution over experts; log2(experts) where all are chosen alike
+
+
+def layer_heat(counts: np.ndarray) -> LayerHeat:
+    """counts int64 [experts] of one layer."""
+    total = int(counts.sum())
+    if not total:
+        return LayerHeat(0, 0.0, 0.0)
+    shares = np.sort(counts)[::-1] / total
+    used = shares[shares > 0]
+    hot = max(1, round(HOT * len(counts)))
+    return LayerHeat(total, float(shares[:hot].sum()), float(-(used * np.log2(used)).sum()) + 0.0)

@@ -10,6 +10,7 @@ from hybrid.checkpoint import Checkpoint
 from hybrid.memory.expert_store import load_experts
 from hybrid.memory.kv_cache import KVCache
 from hybrid.memory.router_stats import RouterStats
+from hybrid.memory.tiers import NvmeTier
 from hybrid.model.attention import Attention
 from hybrid.model.batch import Batch
 from hybrid.model.layers import GatedMLP, Linear, Weights, rms_norm
@@ -45,6 +46,7 @@ class Placement:
     dtype: torch.dtype
     exact: bool
     threads: int
+    tier: NvmeTier | None = None  # of the checkpoint's routed experts, where RAM will not hold them all
 
 
 def load_block(weights: Weights, placement: Placement, layer: int, stats: RouterStats) -> Block:
@@ -63,7 +65,12 @@ def load_block(weights: Weights, placement: Placement, layer: int, stats: Router
 def _load_moe(weights: Weights, placement: Placement, layer: int, stats: RouterStats) -> MoE:
     config, prefix = weights.checkpoint.config, f"layers.{layer}.mlp"
     experts = load_experts(
-        weights.checkpoint, layer, exact=placement.exact, dtype=placement.dtype, threads=placement.threads
+        weights.checkpoint,
+        layer,
+        exact=placement.exact,
+        dtype=placement.dtype,
+        threads=placement.threads,
+        tier=placement.tier,
     )
     shared = GatedMLP.load(weights, f"{prefix}.shared_experts") if config.n_shared_experts else None
     return MoE(layer, Router.load(config, weights, f"{prefix}.gate"), experts, shared, stats)
