@@ -17,5 +17,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # The first example of a property may compile kernels: no per-example deadline.
 settings.register_profile("kimi-local", deadline=None)
-settings.register_profile("forced-isa", deadline=None, max_examples=20)  # four times over, and it is compiling that takes
+settings.register_profile("forced-isa", deadline=None, max_examples=20)  # four times over
 settings.load_profile("forced-isa" if "KIMI_LOCAL_EXPECT_ISA" in os.environ else "kimi-local")

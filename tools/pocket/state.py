@@ -34,7 +34,7 @@ class Settings:
     length: int = 256
     shard_rows: int = 8  # rows computed together; shards run side by side and are added in order
     lr: float = 4e-3  # of the plateau
-    earlier: list[list[float]] = field(default_factory=list)  # plateaus before it: [first step that is not theirs, rate]
+    earlier: list[list[float]] = field(default_factory=list)  # plateaus before it: [end, rate]
     warmup: int = 100
     weight_decay: float = 0.1
     clip_norm: float = 1.0
