@@ -189,8 +189,8 @@ def branch(
     """Make `new` a run that continues `checkpoint` of `run` for `steps` steps.
 
     The rate stays on its plateau, or on a new one of `lr`, for the first `plateau` steps and falls from then on;
-    experts are INT4 in the last `qat_steps`. Two branches that differ in these alone see the same data at the same rates.
-    Raises KimiError if `new` exists.
+    experts are INT4 in the last `qat_steps`. Two branches that differ in these alone see the same data at the same
+    rates. Raises KimiError if `new` exists.
     """
     if new.exists():
         raise KimiError(f"{new} already exists.", "Choose another directory.")
