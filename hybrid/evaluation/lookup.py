@@ -61,17 +61,38 @@ RELATIONS = (
 FORMS = ("One word only.", "Answer with one word.", "Just one word, please.")
 
 
+@dataclass(frozen=True)
+class Facts:
+    """A short text of 3 to 5 facts, most of them of one kind."""
+
+    relations: list[Relation]
+    values: list[dict[str, str]]
+    told: list[str]
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> "Facts":
+        relations = _relations(rng)
+        values = _facts(rng, relations)
+        told = [rng.choice(relation.told).format(**fact) for relation, fact in zip(relations, values, strict=True)]
+        return cls(relations, values, told)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.told)
+
+    def case(self, rng: random.Random, chosen: int) -> Case:
+        """The text and a question that fits one of its facts only."""
+        question, said = _question(rng, self.relations[chosen], self.values[chosen])
+        thinking = rng.random() < 0.5
+        asked = Message("user", f"{self.text}\n{question} {rng.choice(FORMS)}")
+        answer = Message("assistant", said, self.told[chosen] if thinking else None)
+        return Case("lookup", (asked,), (), thinking, answer)
+
+
 def lookup(rng: random.Random) -> Case:
-    """3 to 5 facts, most of them of one kind, and a question that fits one of them only."""
-    relations = _relations(rng)
-    facts = _facts(rng, relations)
-    told = [rng.choice(relation.told).format(**fact) for relation, fact in zip(relations, facts, strict=True)]
-    chosen = rng.randrange(len(facts))
-    question, said = _question(rng, relations[chosen], facts[chosen])
-    thinking = rng.random() < 0.5
-    text = f"{' '.join(told)}\n{question} {rng.choice(FORMS)}"
-    answer = Message("assistant", said, told[chosen] if thinking else None)
-    return Case("lookup", (Message("user", text),), (), thinking, answer)
+    """One question about one text."""
+    facts = Facts.draw(rng)
+    return facts.case(rng, rng.randrange(len(facts.told)))
 
 
 def _relations(rng: random.Random) -> list[Relation]:

@@ -90,13 +90,27 @@ def test_rows_are_full_of_whole_documents(data: Dataset) -> None:
 
 
 def test_only_answers_count(data: Dataset) -> None:
-    for name in SHARES:
+    for name in SHARES.keys() - {"name_recall", "second_question", "lookup_chat", "tool_result"}:
         document = data.document(draw_case(name, random.Random(1)))
         answer = [token for token, weight in zip(document.ids, document.weights, strict=True) if weight]
         said = data.tokenizer.decode(document.ids, skip_special=False)
         reply = data.tokenizer.decode(answer, skip_special=False)
         assert said.endswith(reply) and reply.endswith("<|im_end|>") and reply.count("<|im_end|>") == 1
         assert said.removesuffix(reply).endswith(("<think>", "<think></think>"))
+
+
+@pytest.mark.parametrize("name", ["second_question", "lookup_chat", "tool_result"])
+def test_earlier_answers_count_too(data: Dataset, name: str) -> None:
+    case = draw_case(name, random.Random(5))
+    document = data.document(case)
+    learned = [token if weight else None for token, weight in zip(document.ids, document.weights, strict=True)]
+    said = "".join("\0" if token is None else data.tokenizer.decode([token], skip_special=False) for token in learned)
+    turns = [turn for turn in said.split("\0") if turn]
+    spoken = [message for message in case.messages if message.role == "assistant"] + [case.answer]
+    assert len(spoken) > 1 and len(turns) == len(spoken)
+    for turn, message in zip(turns, spoken, strict=True):
+        assert turn.endswith("<|im_end|>") and message.content in turn
+        assert all(call.arguments in turn for call in message.tool_calls)
 
 
 def test_plain_text_counts_but_for_its_first_token(data: Dataset) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hybrid.chat.message import Message
+from hybrid.chat.parser import THINK_END
 from hybrid.chat.template import DEFAULT_SYSTEM, DEFAULT_TEMPLATE, ChatTemplate
 from hybrid.chat.tokenizer import Tokenizer
 from hybrid.evaluation.case import Case, prompt_ids, reply_ids
@@ -24,19 +25,20 @@ from pocket.smalltalk import TALK
 TEXT_FILE, HELD_OUT_FILE = "text.npy", "heldout.npy"
 # Of a hundred conversations. The skills with long documents and those that need practice have more of the tokens.
 SHARES = {
-    "arithmetic": 28,
+    "arithmetic": 22,
     "arithmetic_instant": 8,
-    "copy": 9,
+    "copy": 10,
     "count": 5,
     "sort": 9,
-    "lookup": 13,
-    "tool_call": 13,
-    "tool_multi": 5,
-    "tool_refusal": 3,
+    "lookup": 8,
+    "tool_call": 11,
+    "tool_multi": 4,
+    "tool_refusal": 6,
     "manners": 1,
     "name_recall": 2,
     "tool_result": 2,
-    "second_question": 2,
+    "second_question": 4,
+    "lookup_chat": 8,
 }
 PLAIN_ROWS = 0.12  # rows of nothing but plain text; the ends of the other rows are filled with it, too
 WITH_SYSTEM = 0.15  # conversations that begin with the usual system prompt
@@ -103,11 +105,19 @@ class Dataset:
         return _Queue(drawn())
 
     def document(self, case: Case) -> Document:
-        """The conversation and its answer; only the answer is to be learned."""
+        """The conversation and its answer; only answers are to be learned, earlier ones of the conversation too."""
         prompt = prompt_ids(case, self.template, self.tokenizer)
         reply = reply_ids(case, self.template, self.tokenizer)
-        weights = [0.0] + [PROMPT_WEIGHT] * (len(prompt) - 1) + [ANSWER_WEIGHT] * len(reply)
-        return Document(prompt + reply, weights)
+        return Document(prompt + reply, self._earlier(prompt) + [ANSWER_WEIGHT] * len(reply))
+
+    def _earlier(self, prompt: Sequence[int]) -> list[float]:
+        """Weights of a prompt: an earlier answer stands between the end of its reasoning and the end of its turn."""
+        begin, end = (self.tokenizer.specials[name] for name in (THINK_END, "<|im_end|>"))
+        weights, answering = [], False
+        for token in prompt:
+            weights.append(ANSWER_WEIGHT if answering else PROMPT_WEIGHT)
+            answering = token == begin or (answering and token != end)
+        return weights
 
 
 class _Queue:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from hybrid.chat.message import Message
 from hybrid.evaluation.case import Case
 from hybrid.evaluation.catalogue import TOOLS, Tool
+from hybrid.evaluation.lookup import Facts
 from hybrid.evaluation.skills import SKILLS
 from hybrid.evaluation.tools import case as tool_case
 from hybrid.evaluation.words import NAMES, OBJECTS
@@ -79,11 +80,27 @@ def second_question(rng: random.Random) -> Case:
     return replace(second, skill="second_question", messages=(*first.messages, first.answer, *second.messages))
 
 
+def lookup_chat(rng: random.Random) -> Case:
+    """A text and several questions about it, one after the other: more to learn from than one answer per text."""
+    facts = Facts.draw(rng)
+    order = rng.sample(range(len(facts.told)), rng.randint(2, len(facts.told)))
+    cases = [facts.case(rng, chosen) for chosen in order]
+    if any(case.split == "test" for case in cases):
+        return lookup_chat(rng)
+    first, *more = cases
+    turns = [first.messages[0], first.answer]
+    for case in more:
+        question = case.messages[0].content.removeprefix(f"{facts.text}\n")
+        turns += [Message("user", question), case.answer]
+    return replace(cases[-1], skill="lookup_chat", messages=tuple(turns[:-1]))
+
+
 TALK: dict[str, Callable[[random.Random], Case]] = {
     "manners": manners,
     "name_recall": name_recall,
     "tool_result": tool_result,
     "second_question": second_question,
+    "lookup_chat": lookup_chat,
 }
 
 
