@@ -100,6 +100,7 @@ class Kimi:
         if tier is not None:
             placement = replace(placement, tier=tier)
         model = Transformer(checkpoint, placement, _loading(checkpoint, placement, tier, report))
+        checkpoint.release()
         known = stats_file(checkpoint)
         if tier is not None:
             tier.preload(read_counts(known, config), lambda done, total: report(Progress("tier", done, total, "B")))

@@ -87,6 +87,13 @@ class Checkpoint:
         """Forget the mappings; each is released when the last view of it is gone."""
         self._maps.clear()
 
+    def release(self) -> None:
+        """Give back the memory that reading took. Tensors that are views of the files stay what they are: their pages
+        are mapped again when they are used."""
+        for view in self._maps.values():
+            assert isinstance(view.base, memoryview) and isinstance(view.base.obj, mmap.mmap)
+            view.base.obj.madvise(mmap.MADV_DONTNEED)
+
     def names(self) -> list[str]:
         return list(self._tensors)
 

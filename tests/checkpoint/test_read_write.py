@@ -276,3 +276,12 @@ def test_shapes_follow_the_configuration(tmp_path: Path, config: dict[str, Any])
 def test_an_absent_tensor_is_named(tiny: Path) -> None:
     with open_checkpoint(tiny) as checkpoint, pytest.raises(CheckpointError, match="no tensor layers.9.x"):
         checkpoint.tensor("layers.9.x")
+
+
+def test_released_memory_is_read_again(tiny: Path) -> None:
+    with open_checkpoint(tiny) as checkpoint:
+        name = "layers.0.self_attn.o_proj.weight"
+        tensor = checkpoint.tensor(name)
+        before = tensor.clone()
+        checkpoint.release()
+        assert torch.equal(tensor, before) and torch.equal(checkpoint.tensor(name), before)
