@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from pocket.dataset import PLAIN_ROWS, SHARES
@@ -94,7 +95,7 @@ def _marks(log: list[dict[str, Any]], count: int = 10) -> list[dict[str, Any]]:
 def _data(data: Path) -> Iterator[str]:
     total = sum(SHARES.values())
     yield "Conversations made on the spot, split by a hash of the prompt so that no test case was ever trained on:"
-    yield ", ".join(f"{name} {share / total:.0%}" for name, share in SHARES.items()) + "."
+    yield from wrap(", ".join(f"{name} {share / total:.0%}" for name, share in SHARES.items()) + ".", 120)
     yield f"Only answers are learned. {PLAIN_ROWS:.0%} of the rows, and what is left over in others, are plain text:"
     yield ""
     yield "| package | version | licence |"
