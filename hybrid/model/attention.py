@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hybrid.config import ModelConfig
 from hybrid.memory.kv_cache import KVCache
-from hybrid.model.batch import Batch, Segment
-from hybrid.model.layers import FEW, HeadLinear, Linear, Weights, beside, rms_norm
+from hybrid.model.batch import Batch, Seen, Segment
+from hybrid.model.layers import FEW, TILE, HeadLinear, Linear, Weights, beside, rms_norm
 from hybrid.model.rope import rotate
 from quant import bf16
 
@@ -53,13 +53,18 @@ class Attention:
         absorbed = weights.matrix(f"{prefix}.kv_b_proj").view(heads, nope + v, config.kv_lora_rank)
         self.w_k = HeadLinear(absorbed[:, :nope].transpose(1, 2))  # [heads, rank, nope]
         self.w_v = HeadLinear(absorbed[:, nope:])  # [heads, v, rank]
+        self.card = weights.card
 
     def forward(self, x: Tensor, batch: Batch, kv: KVCache, cos: Tensor, sin: Tensor) -> Tensor:
         """x [tokens, hidden] (normed) -> [tokens, hidden]; cos, sin [tokens, rope / 2]."""
         query, latent = self.q_kv_a_proj.forward(x).tensor_split([-self.config.latent_dim], dim=-1)
-        queries = self._queries(query, cos, sin)
         rows = self._latent_rows(latent, cos, sin)
-        out = [self._attend(queries[s.start : s.stop], rows[s.start : s.stop], s, kv) for s in batch.segments]
+        for s in batch.segments:
+            kv.write(self.layer, s.page_table, s.past, rows[s.start : s.stop])
+        if batch.seen is not None:
+            context = self._on_card(self._queries(query, cos, sin), batch.seen, kv)
+            return self.o_proj.forward(self._values(context))
+        out = [part for start in range(0, len(x), TILE) for part in self._stretch(query, cos, sin, batch, start, kv)]
         return self.o_proj.forward(torch.cat(out) if len(out) > 1 else out[0])
 
     def _queries(self, query: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -77,12 +82,33 @@ class Attention:
         c = rms_norm(c, self.kv_a_layernorm, config.rms_norm_eps)
         return torch.cat((c, rotate(k_pe, cos, sin, config.rope_interleave)), dim=-1)
 
-    def _attend(self, queries: Tensor, rows: Tensor, segment: Segment, kv: KVCache) -> Tensor:
-        """[tokens, heads * v_head_dim] for one sequence; scores, softmax and sums in fp32."""
-        kv.write(self.layer, segment.page_table, segment.past, rows)
-        keys = kv.read(self.layer, segment.page_table, segment.past + len(rows))
+    def _stretch(self, query: Tensor, cos: Tensor, sin: Tensor, batch: Batch, start: int, kv: KVCache) -> list[Tensor]:
+        """[rows, heads * v_head_dim] for TILE rows of a batch from `start` on, one tensor per sequence among them."""
+        stop = min(start + TILE, len(query))
+        queries = self._queries(query[start:stop], cos[start:stop], sin[start:stop])
+        among = [
+            (s, max(s.start, start), min(s.stop, stop)) for s in batch.segments if s.start < stop and start < s.stop
+        ]
+        return [self._attend(queries[a - start : b - start], s, s.past + b - s.start, kv) for s, a, b in among]
+
+    def _attend(self, queries: Tensor, segment: Segment, seen: int, kv: KVCache) -> Tensor:
+        """[tokens, heads * v_head_dim] for the last of a sequence's first `seen` tokens; softmax and sums in fp32."""
+        keys = kv.read(self.layer, segment.page_table, seen)
         context = self._few(queries, keys) if self._is_few(queries, keys) else self._many(queries, keys.float())
-        return self.w_v.forward(context).reshape(len(rows), self.config.num_attention_heads * self.config.v_head_dim)
+        return self._values(context)
+
+    def _values(self, context: Tensor) -> Tensor:
+        """Latents [tokens, heads, rank] -> [tokens, heads * v_head_dim]."""
+        width = self.config.num_attention_heads * self.config.v_head_dim
+        return self.w_v.forward(context).reshape(len(context), width)
+
+    def _on_card(self, queries: Tensor, seen: Seen, kv: KVCache) -> Tensor:
+        """Latents [tokens, heads, rank] summed by weight, for all sequences of a decode step at once."""
+        from hybrid.model.gpu.attention import decode  # needs Triton, as nothing without a card does
+
+        assert self.card is not None
+        rank, scale = self.config.kv_lora_rank, self.config.softmax_scale
+        return decode(self.card.launch, queries, kv.rows[self.layer], seen, rank, scale)
 
     def _is_few(self, queries: Tensor, keys: Tensor) -> bool:
         """Whether this is a decode step that our own kernels take; torch would first widen every key to fp32."""
@@ -106,22 +132,19 @@ class Attention:
         """The same for any number of tokens, keys fp32: in tiles, so that the scores stay small."""
         tokens, heads, _ = queries.shape
         past = len(keys) - tokens
-        context = torch.empty(tokens, heads, self.config.kv_lora_rank, dtype=queries.dtype, device=queries.device)
-        tile = max(1, SCORES_AT_ONCE // (heads * len(keys)))
-        for start in range(0, tokens, tile):
-            part = queries[start : start + tile]
-            context[start : start + tile] = self._tile(part, keys[: past + start + len(part)], past + start)
-        return context
+        context = []
+        for part in queries.split(max(1, SCORES_AT_ONCE // (heads * len(keys)))):
+            context.append(self._tile(part, keys[: past + len(part)], past))
+            past += len(part)
+        return torch.cat(context)
 
     def _tile(self, queries: Tensor, keys: Tensor, past: int) -> Tensor:
         """Latents [tokens, heads, rank] summed by weight, queries at positions past..; keys fp32 [.., latent_dim]."""
         tokens, heads, width = queries.shape
-        scores = torch.mm(queries.reshape(tokens * heads, width).float(), keys.T) * self.config.softmax_scale
+        scores = torch.mm(queries.reshape(tokens * heads, width).float(), keys.T).mul_(self.config.softmax_scale)
         scores = scores.view(tokens, heads, len(keys))
         if tokens > 1:
-            future = (
-                torch.arange(len(keys), device=keys.device) > past + torch.arange(tokens, device=keys.device)[:, None]
-            )
-            scores.masked_fill_(future[:, None], -torch.inf)
+            future = torch.ones(tokens, len(keys), dtype=torch.bool, device=keys.device).triu_(past + 1)
+            scores.masked_fill_(future.unsqueeze(1), -torch.inf)
         weights = scores.softmax(dim=-1).view(tokens * heads, len(keys))
         return torch.mm(weights, keys[:, : self.config.kv_lora_rank]).view(tokens, heads, -1).to(queries.dtype)

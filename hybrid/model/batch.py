@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ class Segment:
     page_table: tuple[int, ...]  # pages that hold the sequence, in order; enough for past + (stop - start) tokens
 
 
+class Seen(NamedTuple):
+    """What every row of a decode step attends to, as a card's kernel reads it: on the card, made once per step."""
+
+    tables: Tensor  # int32 [sequences, pages]
+    sequences: Tensor  # int32 [tokens], whose pages
+    lengths: Tensor  # int32 [tokens], rows of them that the token sees
+    longest: int
+
+
 def nothing(layer: int) -> None:
     """The default `on_layer`."""
 
@@ -26,6 +36,7 @@ class Batch:
     token_ids: Tensor  # int64 [tokens]
     segments: tuple[Segment, ...]
     on_layer: Callable[[int], None] = nothing  # called before each layer; may raise to abandon the step
+    seen: Seen | None = None  # of a decode step on a card
 
     def positions(self) -> Tensor:
         """int64 [tokens]: each row's position in its own sequence."""

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from hybrid.checkpoint import Checkpoint
 from hybrid.checkpoint.hf import Int4Weight, Int8Weight
+from hybrid.model.gpu import Card
+from hybrid.model.gpu.matrix import CardMatrix, can_join, join, upload
 from quant import aligned, bf16, linear
 
 FEW = 4  # tokens up to which our product of a bf16 matrix is faster than torch's, which is made for many
+TILE = 1024  # tokens of a long chunk whose widest intermediate values exist at the same time
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,6 +60,22 @@ class PackedLinear(Linear):
         return y if self.bias is None else y + self.bias
 
 
+class CardLinear(Linear):
+    """The same on a card, where inputs are rounded to fp16 and weights not at all."""
+
+    def __init__(self, card: Card, matrix: CardMatrix, bias: Tensor | None = None) -> None:
+        from hybrid.model.gpu.linear import multiply  # needs Triton, as nothing without a card does
+
+        self.card = card
+        self.matrix = matrix
+        self.bias = bias
+        self.multiply = multiply
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.multiply(self.card.launch, self.matrix, x)
+        return y if self.bias is None else y + self.bias
+
+
 class Beside(Linear):
     """Linears of the same input that cannot become one matrix; their outputs lie side by side."""
 
@@ -72,7 +91,11 @@ def beside(parts: Sequence[Linear]) -> Linear:
     packed = [part.matrix for part in parts if isinstance(part, PackedLinear)]
     if len(packed) == len(parts) and linear.can_join(packed):
         return PackedLinear(linear.join(packed), _biases(parts, [matrix.rows for matrix in packed]))
-    if not packed:
+    on_card = [part for part in parts if isinstance(part, CardLinear)]
+    if len(on_card) == len(parts) and can_join([part.matrix for part in on_card]):
+        joined, biases = join([part.matrix for part in on_card]), _biases(parts, [part.matrix.rows for part in on_card])
+        return CardLinear(on_card[0].card, joined, biases)
+    if not packed and not on_card:
         weights = [part.weight for part in parts]
         return Linear(torch.cat(weights), _biases(parts, [len(weight) for weight in weights]))
     return Beside(parts)
@@ -112,14 +135,22 @@ class Weights:
     """The resident weights of a checkpoint, on their device and in their dtype."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, exact: bool = False
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        exact: bool = False,
+        card: Card | None = None,
     ) -> None:
         """`exact` linears multiply full-precision inputs. Those stored in INT4 or int8 are then decoded, as they are in
-        any dtype but bf16 and on any device but the CPU; elsewhere they stay packed."""
+        any dtype but bf16 and on any device that is neither the CPU nor `card`; elsewhere they stay packed."""
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
-        self.keeps_packed = device.type == "cpu" and dtype == torch.bfloat16 and not exact
+        self.card = card
+        ours = device.type == "cpu" or card is not None
+        self.keeps_packed = ours and dtype == torch.bfloat16 and not exact
         self.matrix_bytes = 0  # of all matrices asked for: what every step reads
 
     def stored(self, name: str) -> Tensor:
@@ -142,7 +173,9 @@ class Weights:
         if packed is None:
             return Linear(self.matrix(prefix), bias)
         self.matrix_bytes += packed.nbytes
-        return PackedLinear(packed, bias)
+        if self.card is None:
+            return PackedLinear(packed, bias)
+        return CardLinear(self.card, upload(packed, self.device), bias)
 
 
 def _packed(weight: Int4Weight | Int8Weight | Tensor) -> linear.Matrix | None:
@@ -166,5 +199,9 @@ class GatedMLP:
 
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, hidden] -> [tokens, hidden]."""
+        tiles = [self._tile(part) for part in x.split(TILE)]
+        return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+
+    def _tile(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up.forward(x).chunk(2, dim=-1)
         return self.down.forward(F.silu(gate) * up)

@@ -31,5 +31,6 @@ class MoE:
         topk_ids, topk_weights = self.router.forward(x)
         self.observe(x, topk_ids, topk_weights)
         self.stats.record(self.layer, topk_ids.numpy(force=True), self.experts.expert_bytes)
+        shared = None if self.shared is None else self.shared.forward(x)  # on a card: runs while the host multiplies
         routed = self.experts.forward(x, topk_ids, topk_weights).to(x.dtype)
-        return routed if self.shared is None else routed + self.shared.forward(x)
+        return routed if shared is None else routed + shared

@@ -46,8 +46,8 @@ class Rope:
         self.scale = rotation_scale(config)
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions int64 [tokens] -> cos, sin fp32 [tokens, dim / 2]."""
-        angles = positions.float()[:, None] * self.inverse_frequencies
+        """positions int64 [tokens] -> cos, sin fp32 [tokens, dim / 2], on the device of the model."""
+        angles = positions.to(self.inverse_frequencies.device).float()[:, None] * self.inverse_frequencies
         return angles.cos() * self.scale, angles.sin() * self.scale
 
 

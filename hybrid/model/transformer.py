@@ -1,7 +1,7 @@
 """The whole text model: embedding, blocks, final norm, head."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from hybrid.memory.router_stats import RouterStats
 from hybrid.memory.tiers import NvmeTier
 from hybrid.model.attention import Attention
 from hybrid.model.batch import Batch
+from hybrid.model.gpu import Card
+from hybrid.model.gpu.see import see
 from hybrid.model.layers import GatedMLP, Linear, Weights, rms_norm
 from hybrid.model.moe import MoE
 from hybrid.model.rope import Rope
@@ -46,6 +48,7 @@ class Placement:
     dtype: torch.dtype
     exact: bool
     threads: int
+    card: Card | None = None  # `device`, if our own kernels run there
     tier: NvmeTier | None = None  # of the checkpoint's routed experts, where RAM will not hold them all
 
 
@@ -86,8 +89,11 @@ class Transformer:
         config = self.config = checkpoint.config
         self.stats = RouterStats(config)
         self.rope = Rope(config, placement.device)
-        weights = Weights(checkpoint, placement.device, placement.dtype, exact=placement.exact)
-        self.embed_tokens = weights.tensor("embed_tokens.weight")
+        self.card = placement.card
+        weights = Weights(checkpoint, placement.device, placement.dtype, exact=placement.exact, card=self.card)
+        # Rows of the table are gathered on the host, but for a head that is the same matrix.
+        table = checkpoint.tensor("embed_tokens.weight").to(placement.dtype)
+        self.embed_tokens = table.to(placement.device) if config.tie_word_embeddings else table
         self.norm = weights.tensor("norm.weight")
         self.lm_head = Linear(self.embed_tokens) if config.tie_word_embeddings else weights.linear("lm_head")
         self.steps = 0
@@ -108,7 +114,9 @@ class Transformer:
         """Hidden states [tokens, hidden] after the last block; extends `kv` by the batch's tokens."""
         self.steps += 1
         cos, sin = self.rope.table(batch.positions())
-        h = self.embed_tokens[batch.token_ids]
+        if self.card is not None:
+            batch = replace(batch, seen=see(batch, self.config, self.card.device))
+        h = self.embed_tokens[batch.token_ids.to(self.embed_tokens.device)].to(cos.device)
         for layer, block in enumerate(self.blocks):
             batch.on_layer(layer)
             h = block.feed(block.attend(h, batch, kv, cos, sin))
