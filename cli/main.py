@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any
+from contextlib import suppress
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -113,7 +114,7 @@ app.command("eval")(evaluate)
 app.add_typer(bench_app, name="bench")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> NoReturn:
     """Run one command; always ends in SystemExit with the documented code."""
     tolerate_narrow_encodings()
     command = typer.main.get_command(app)
@@ -127,5 +128,22 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def program() -> NoReturn:
+    """`main` as a process. Ended by Ctrl-C it ends with 130, and not by the signal.
+
+    Where an interrupt has passed through code that a library had Python execute, which importing torch does, Python
+    remembers it as unhandled and ends by the signal whatever becomes of it (_Py_UnhandledKeyboardInterrupt).
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError, AttributeError):  # closed, or nobody reads it
+                    stream.flush()
+            os._exit(INTERRUPTED)
+        raise
+
+
 if __name__ == "__main__":
-    main()
+    program()
