@@ -251,7 +251,12 @@ def check(config: ModelConfig, hardware: Hardware, placement: Placement) -> None
         "nvme": placement.nvme.total,
     }
     assert homes[placement.tier] >= size
-    assert 0 <= placement.vram_slots <= config.num_experts and 0 < placement.ram_slots <= config.num_experts
+    assert 0 <= placement.vram_slots <= config.num_experts
+    if placement.tier == "nvme":
+        assert 0 < placement.ram_slots < config.num_experts
+    else:  # each expert has a home, and exclusive ones one only: all may be the card's
+        elsewhere = placement.vram_slots if placement.tier == "exclusive" else 0
+        assert placement.ram_slots + elsewhere == config.num_experts
 
 
 @settings(max_examples=60)
