@@ -47,6 +47,7 @@ ROWS, COLUMNS, CODES = 32, 32, 1024  # of a block; bytes of its codes
 BLOCK = CODES + 2 * ROWS
 ZERO = 128  # the packed code of a zero weight
 LARGEST = 127
+WIDEN = 8  # tokens from which on it pays to widen an INT4 tile, in the cache, and use it four tokens at a time
 ZEROS = np.uint32(0x80808080)
 
 

@@ -17,12 +17,11 @@ from numba import get_num_threads, njit, prange, types
 from quant import activations, aligned, int8_g32
 from quant.activations import encode_group, encode_token, row
 from quant.int4_g32 import BLOCK, ROWS, Int4G32, dot_tile, multiply
-from quant.simd import add_f32, atomic_add, kernel, load_f32x16, mul_f32, splat_f32, store_f32x16
+from quant.simd import add_f32, atomic_add, kernel, load_f32x16, mul_f32, splat_f32, store_f32x16, store_tile
 from quant.swiglu import swiglu, swiglu_lanes
 
 SMALLEST_TASK, LARGEST_TASK = 64 * 1024, 2 * 1024 * 1024  # bytes of weights
 TASKS_PER_THREAD = 24
-WIDEN = 8  # tokens of an expert from which on a tile is first widened to int8, in the cache, and serves four at a time
 yield_processor = types.ExternalFunction("sched_yield", types.int32())  # libc: lets a preempted peer finish its task
 
 
@@ -90,7 +89,7 @@ def moe(experts: Experts, x: np.ndarray, topk_ids: np.ndarray, topk_weights: np.
     y = np.empty((tokens, hidden), np.float32)
     counters = np.zeros(16, np.int64)
     threads = get_num_threads()
-    wide = max(matrix.blocks.shape[2] for matrix in experts) if tokens >= WIDEN else 0
+    wide = max(matrix.blocks.shape[2] for matrix in experts) if tokens >= int8_g32.WIDEN else 0
     widened = aligned.empty((threads, int8_g32.widened_bytes(wide)))
     _moe(*experts, topk_ids, topk_weights, x, inputs, inner, raw, y, widened, counters)
     return y
@@ -184,7 +183,7 @@ def _gate_up(gate_up, pairs, active, start, stop, inputs, inner, raw, widened):
             _gate_up_four(widened, wide, inputs, pairs.tokens[pair : pair + 4], raw[pair : pair + 4], 128 * tile)
         for pair in range(fours, last):
             gate, up = dot_tile(flat, at, wide, row(inputs, pairs.tokens[pair]))
-            _store(raw[pair], 128 * tile, gate, up)
+            store_tile(raw[pair], 128 * tile, gate, up)
     for pair in range(first, last):
         products, out = raw[pair], row(inner, pair)
         for group in range(start, stop):
@@ -194,23 +193,17 @@ def _gate_up(gate_up, pairs, active, start, stop, inputs, inner, raw, widened):
 @kernel
 def _fours(first, last):
     """Where pairs first..last that are taken by fours end; the rest is taken one by one."""
-    return first + (last - first) // 4 * 4 if last - first >= WIDEN else first
+    return first + (last - first) // 4 * 4 if last - first >= int8_g32.WIDEN else first
 
 
 @kernel
 def _gate_up_four(widened, wide, inputs, tokens, raw, at):
     rows = row(inputs, tokens[0]), row(inputs, tokens[1]), row(inputs, tokens[2]), row(inputs, tokens[3])
     gate, up = int8_g32.dot_tile4(widened, 0, 2 * wide, rows)
-    _store(raw[0], at, gate[0], up[0])
-    _store(raw[1], at, gate[1], up[1])
-    _store(raw[2], at, gate[2], up[2])
-    _store(raw[3], at, gate[3], up[3])
-
-
-@kernel
-def _store(out, at, low, high):
-    store_f32x16(out, at, low)
-    store_f32x16(out, at + 64, high)
+    store_tile(raw[0], at, gate[0], up[0])
+    store_tile(raw[1], at, gate[1], up[1])
+    store_tile(raw[2], at, gate[2], up[2])
+    store_tile(raw[3], at, gate[3], up[3])
 
 
 @kernel

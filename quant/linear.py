@@ -7,20 +7,19 @@ from eight on, an INT4 tile is first widened to int8, in the cache, and treated 
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import get_num_threads, njit, prange
 
 from quant import activations, aligned, int4_g32, int8_g32
 from quant.activations import encode_token, row
-from quant.simd import atomic_add, kernel, store_f32x16
+from quant.simd import atomic_add, kernel, store_tile
 
 FORMATS: dict[str, ModuleType] = {"int4_g32": int4_g32, "int8_g32": int8_g32}
 ROWS = 32
 ALONE = 1 << 20  # bytes of weights times tokens below which waking other threads costs more than they save
 MANY = 1 << 17  # activations that are worth encoding on several threads
-WIDEN = 8  # tokens from which on INT4 tiles are widened
 LARGEST_TASK = 2 * 1024 * 1024  # bytes of weights
 TASKS_PER_THREAD = 24
 
@@ -64,8 +63,9 @@ def encode(name: str, weights: np.ndarray) -> Matrix:
     return (pack_int4 if name == "int4_g32" else pack_int8)(*FORMATS[name].encode(weights))
 
 
-def can_join(matrices: Sequence[Matrix]) -> bool:
-    """Whether `join` takes them: one format, one width, and whole tiles of rows but for the last."""
+def can_join(matrices: Sequence[Any]) -> bool:
+    """Whether `join` takes them: one format, one width, and whole tiles of rows but for the last. Asks for `format`,
+    `rows` and `columns` alone, which other matrices of these formats have too."""
     alike = len({(matrix.format, matrix.columns) for matrix in matrices}) == 1
     return alike and all(matrix.rows % ROWS == 0 for matrix in matrices[:-1])
 
@@ -100,7 +100,9 @@ def multiply(matrix: Matrix, x: np.ndarray) -> np.ndarray:
     work = Work(
         matrix.blocks.reshape(tiles, -1),
         narrow,
-        aligned.empty((threads, int8_g32.widened_bytes(matrix.blocks.shape[1]) if narrow and tokens >= WIDEN else 0)),
+        aligned.empty(
+            (threads, int8_g32.widened_bytes(matrix.blocks.shape[1]) if narrow and tokens >= int8_g32.WIDEN else 0)
+        ),
         np.empty((tokens, ROWS * tiles), np.float32),
         np.zeros(8, np.int64),
         max(1, min(tiles // (TASKS_PER_THREAD * threads), LARGEST_TASK * tiles // max(1, matrix.nbytes))),
@@ -160,13 +162,13 @@ def _tile(work, inputs, tile, widened):
     weights, tokens = work.tiles[tile], work.y.shape[0]
     if not work.narrow:
         _int8_tile(weights, weights.size // int8_g32.BLOCK, inputs, work.y, tile)
-    elif tokens >= WIDEN:
+    elif tokens >= int8_g32.WIDEN:
         int8_g32.widen(weights, 0, weights.size // int4_g32.BLOCK, widened)
         _int8_tile(widened, widened.size // int8_g32.BLOCK, inputs, work.y, tile)
     else:
         for token in range(tokens):
             pair = int4_g32.dot_tile(weights, 0, weights.size // int4_g32.BLOCK, row(inputs, token))
-            _store(work.y[token], tile, pair[0], pair[1])
+            store_tile(work.y[token], 128 * tile, pair[0], pair[1])
 
 
 @kernel
@@ -175,16 +177,10 @@ def _int8_tile(weights, groups, inputs, y, tile):
     for token in range(0, fours, 4):
         rows = row(inputs, token), row(inputs, token + 1), row(inputs, token + 2), row(inputs, token + 3)
         low, high = int8_g32.dot_tile4(weights, 0, groups, rows)
-        _store(y[token], tile, low[0], high[0])
-        _store(y[token + 1], tile, low[1], high[1])
-        _store(y[token + 2], tile, low[2], high[2])
-        _store(y[token + 3], tile, low[3], high[3])
+        store_tile(y[token], 128 * tile, low[0], high[0])
+        store_tile(y[token + 1], 128 * tile, low[1], high[1])
+        store_tile(y[token + 2], 128 * tile, low[2], high[2])
+        store_tile(y[token + 3], 128 * tile, low[3], high[3])
     for token in range(fours, y.shape[0]):
         low, high = int8_g32.dot_tile(weights, 0, groups, row(inputs, token))
-        _store(y[token], tile, low, high)
-
-
-@kernel
-def _store(y, tile, low, high):
-    store_f32x16(y, 128 * tile, low)
-    store_f32x16(y, 128 * tile + 64, high)
+        store_tile(y[token], 128 * tile, low, high)

@@ -110,6 +110,13 @@ store_u8x64 = store(u8x64)
 store_i16x16 = store(i16x16)
 
 
+@kernel
+def store_tile(out, offset, low, high):
+    """Thirty-two fp32 lanes, of two vectors, from byte `offset` on."""
+    store_f32x16(out, offset, low)
+    store_f32x16(out, offset + 64, high)
+
+
 @intrinsic
 def store_i8x16(typingctx, array, offset, value):
     """Store sixteen int32 lanes as int8 (the low byte of each)."""

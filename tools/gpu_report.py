@@ -97,7 +97,7 @@ def launches() -> list[Kernel]:
             blocks = torch.empty(66, HIDDEN // (32 if bits == 8 else 64), width, dtype=torch.uint8, device=CUDA)
             for tokens in (1, 512):
                 x = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device=CUDA)
-                multiply(record, CardMatrix(bits, blocks, 2112, HIDDEN), x)
+                multiply(record, CardMatrix(f"int{bits}_g32", blocks, 2112, HIDDEN), x)
         for width in (1536, 8192, 18432):  # of q_b_proj, o_proj and the dense layer's down_proj
             encode(record, torch.empty(1, width, dtype=torch.bfloat16, device=CUDA))
         attend(record)

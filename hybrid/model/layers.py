@@ -10,7 +10,7 @@ from torch import Tensor
 from hybrid.checkpoint import Checkpoint
 from hybrid.checkpoint.hf import Int4Weight, Int8Weight
 from hybrid.model.gpu import Card
-from hybrid.model.gpu.matrix import CardMatrix, can_join, join, upload
+from hybrid.model.gpu.matrix import CardMatrix, join, upload
 from quant import aligned, bf16, linear
 
 FEW = 4  # tokens up to which our product of a bf16 matrix is faster than torch's, which is made for many
@@ -92,7 +92,7 @@ def beside(parts: Sequence[Linear]) -> Linear:
     if len(packed) == len(parts) and linear.can_join(packed):
         return PackedLinear(linear.join(packed), _biases(parts, [matrix.rows for matrix in packed]))
     on_card = [part for part in parts if isinstance(part, CardLinear)]
-    if len(on_card) == len(parts) and can_join([part.matrix for part in on_card]):
+    if len(on_card) == len(parts) and linear.can_join([part.matrix for part in on_card]):
         joined, biases = join([part.matrix for part in on_card]), _biases(parts, [part.matrix.rows for part in on_card])
         return CardLinear(on_card[0].card, joined, biases)
     if not packed and not on_card:

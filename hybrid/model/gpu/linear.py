@@ -9,6 +9,7 @@ from hybrid.model.gpu.encode import FEW, MANY, ROWS, combine, encode, parts_of
 from hybrid.model.gpu.groups import multiply_groups
 from hybrid.model.gpu.matrix import CardMatrix
 
+BITS = {"int8_g32": 8, "int4_g32": 4}
 AT_ONCE = 1024  # tokens whose fp32 sums exist at the same time
 
 
@@ -30,6 +31,6 @@ def _multiply(launch: Launch, matrix: CardMatrix, x: Tensor, y: Tensor) -> None:
     views = matrix.blocks.view(torch.int32), matrix.blocks.view(torch.bfloat16)
     launch(
         multiply_groups, (sums, blocks, parts), *views, None, None, None, None, *halves, raw, tokens, matrix.columns,
-        tiles, BITS=matrix.bits, ROUTED=False, GROUP=group, num_warps=4 if group == FEW else 8,
+        tiles, BITS=BITS[matrix.format], ROUTED=False, GROUP=group, num_warps=4 if group == FEW else 8,
     )  # fmt: skip
     combine(launch, raw, y)

@@ -8,29 +8,21 @@ from torch import Tensor
 
 from quant import linear
 
-BITS = {"int8_g32": 8, "int4_g32": 4}
-
 
 class CardMatrix(NamedTuple):
     """`quant.linear.Matrix` on a card, byte for byte."""
 
-    bits: int
+    format: str
     blocks: Tensor  # uint8 [rows / 32 rounded up, ...]
     rows: int
     columns: int
 
 
 def upload(matrix: linear.Matrix, device: torch.device) -> CardMatrix:
-    return CardMatrix(BITS[matrix.format], torch.from_numpy(matrix.blocks).to(device), matrix.rows, matrix.columns)
-
-
-def can_join(matrices: Sequence[CardMatrix]) -> bool:
-    """Whether `join` takes them, as `quant.linear.can_join`."""
-    alike = len({(matrix.bits, matrix.columns) for matrix in matrices}) == 1
-    return alike and all(matrix.rows % linear.ROWS == 0 for matrix in matrices[:-1])
+    return CardMatrix(matrix.format, torch.from_numpy(matrix.blocks).to(device), matrix.rows, matrix.columns)
 
 
 def join(matrices: Sequence[CardMatrix]) -> CardMatrix:
-    """The matrices one below the other."""
+    """The matrices one below the other, if `quant.linear.can_join` takes them."""
     first, rows = matrices[0], sum(matrix.rows for matrix in matrices)
-    return CardMatrix(first.bits, torch.cat([matrix.blocks for matrix in matrices]), rows, first.columns)
+    return CardMatrix(first.format, torch.cat([matrix.blocks for matrix in matrices]), rows, first.columns)

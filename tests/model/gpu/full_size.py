@@ -77,7 +77,7 @@ def packed_weights(bits: int) -> type[Weights]:
             each, width = (int8_g32.BLOCK, 32) if kept == 8 else (int4_g32.BLOCK, 64)
             blocks = torch.empty(-(-rows // 32), -(-columns // width), each, dtype=torch.uint8, device=CUDA)
             self.matrix_bytes += blocks.nbytes
-            return CardLinear(self.card, CardMatrix(kept, blocks, rows, columns))
+            return CardLinear(self.card, CardMatrix(f"int{kept}_g32", blocks, rows, columns))
 
     return PackedWeights
 

@@ -6,7 +6,7 @@ import torch
 
 from hybrid.model.gpu import Card, check
 from hybrid.model.gpu.linear import multiply
-from hybrid.model.gpu.matrix import can_join, join, upload
+from hybrid.model.gpu.matrix import join, upload
 from quant import linear
 
 SHAPES = [(32, 32, 1), (96, 160, 3), (100, 64, 17), (300, 96, 70)]  # rows, columns, tokens
@@ -25,7 +25,7 @@ def test_joined_matrices_give_both_products(card: Card, name: str) -> None:
     x = torch.from_numpy(rng.standard_normal((2, 96), np.float32)).to(card.device)
     apart = torch.cat([multiply(card.launch, part, x) for part in parts], dim=1)
     torch.testing.assert_close(multiply(card.launch, join(parts), x), apart)
-    assert can_join(parts) and not can_join(parts[::-1])
+    assert linear.can_join(parts) and not linear.can_join(parts[::-1])
 
 
 def test_a_row_does_not_depend_on_its_neighbours(card: Card) -> None:
