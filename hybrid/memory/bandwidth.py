@@ -1,13 +1,12 @@
 """This machine's memory bandwidth, measured once and remembered."""
 
-import json
-import os
 import platform
-import tempfile
-from pathlib import Path
+from contextlib import suppress
 
 import numba
 import platformdirs
+
+from hybrid.memory.remembered import recall, remember
 
 MEGABYTES, PASSES = 1024, 5
 
@@ -16,10 +15,11 @@ def ram_ceiling_gbps(threads: int) -> float:
     """Read bandwidth of `threads` threads in GB/s: the best of a few passes over 1 GiB, kept in the user's cache."""
     path = platformdirs.user_cache_path("kimi-local") / "bandwidth.json"
     key = f"{platform.node()} {threads}"
-    known = _read(path)
+    known = recall(path)
     if key not in known:
         known[key] = _measure(threads)
-        _write(path, known)
+        with suppress(OSError):  # then it is measured again next time
+            remember(path, known)
     return known[key]
 
 
@@ -30,23 +30,3 @@ def _measure(threads: int) -> float:
     speed = read_gbps(MEGABYTES, threads, PASSES)
     numba.set_num_threads(before)
     return speed
-
-
-def _read(path: Path) -> dict[str, float]:
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _write(path: Path, known: dict[str, float]) -> None:
-    """Keep `known`, whole or not at all; a cache that cannot be written is measured again next time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump(known, file)
-        os.replace(name, path)
-    except OSError:
-        return

@@ -156,6 +156,14 @@ class Foresight(Scored):
             scores if self.worth is None else scores * self.worth[layer]
         )
 
+    def expect(self, odds: np.ndarray) -> None:
+        """Begin as if experts had long been used in `odds` [layers, experts] of the steps; zeros for a layer of which
+        nothing is known."""
+        known = odds.any(axis=1)
+        self.whole[known] = 1 / (1 - self.keep)
+        self.decayed[:] = odds[:, None] * self.whole
+        self.scores[:] = odds.reshape(-1)
+
     def _learn(self, rates: np.ndarray, ids: np.ndarray) -> None:
         """Refit the weights with what the rates of before say about the uses of now."""
         self.products = self.products * self.forget + rates @ rates.T

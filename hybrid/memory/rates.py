@@ -5,13 +5,14 @@ two cores of a Zen 4 EPYC (`kimi-local bench kernels`, figures in dev/LOG.md); o
 like them at the same instruction set, which the ranges of predictions allow for.
 """
 
-import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hybrid.memory.gpus import find
 from hybrid.memory.hardware import Hardware, available_ram, cpu_features, probe, total_ram, usable_threads
+from hybrid.memory.remembered import recall, remember
 
 # What programs reach: of plain reading by the CPU kernels, of a card's nominal bandwidth, of its nominal arithmetic.
 CPU_SHARE, GPU_SHARE, TFLOPS_SHARE = 0.85, 0.85, 0.6
@@ -140,9 +141,9 @@ def _key(threads: int) -> str:
 def kernel_speeds(threads: int) -> dict[str, float]:
     """G weights/s per core that `measure_kernels` found here with `threads` threads; empty if it never ran."""
     try:
-        known = json.loads(_cache_file().read_text())[_key(threads)]
+        known = recall(_cache_file())[_key(threads)]
         return {str(name): float(speed) for name, speed in known.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
@@ -169,12 +170,5 @@ def measure_kernels(
 def _remember(threads: int, found: dict[str, float]) -> None:
     """Keep `found`; where that is impossible it is measured again when asked again."""
     path = _cache_file()
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        known = {}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**known, _key(threads): found}))
-    except OSError:
-        return
+    with suppress(OSError):
+        remember(path, {**recall(path), _key(threads): found})

@@ -26,11 +26,8 @@ class Residents:
         self._policy = Foresight(layers, experts, capacity=0)
 
     def expect(self, odds: np.ndarray) -> None:
-        """Begin with experts used in `odds` [layers, experts] of the steps, as if that had long been so."""
-        policy, known = self._policy, odds.any(1)
-        policy.whole[known] = 1 / (1 - policy.keep)
-        policy.decayed[:] = odds[:, None] * policy.whole
-        policy.scores[:] = odds.reshape(-1)
+        """Begin with experts used in `odds` [layers, experts] of the steps."""
+        self._policy.expect(odds)
 
     def note(self, layer: int, chosen: np.ndarray) -> None:
         """These experts are used now."""

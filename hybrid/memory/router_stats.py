@@ -6,8 +6,6 @@ checkpoint it was made of share it, because they route alike.
 
 import json
 import logging
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +16,7 @@ import platformdirs
 from hybrid.checkpoint import Checkpoint
 from hybrid.checkpoint.calibration import fingerprint
 from hybrid.config import ModelConfig
+from hybrid.memory.remembered import remember
 
 HOT = 0.1  # the share of a layer's experts whose part of its choices `layer_heat` gives
 
@@ -92,11 +91,7 @@ def save_counts(path: Path, config: ModelConfig, counts: np.ndarray) -> None:
     total = read_counts(path, config) + counts
     rows = {str(layer): total[layer].tolist() for layer in config.moe_layers}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".new")
-        with os.fdopen(handle, "w") as file:
-            json.dump({"counts": rows}, file, separators=(",", ":"))
-        os.replace(name, path)
+        remember(path, {"counts": rows})
     except OSError as error:
         log.debug("%s: %s: the routing of this run is not kept", path, error)
 
