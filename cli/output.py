@@ -128,14 +128,19 @@ def make_console(stream: TextIO) -> Console:
     return console
 
 
-def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """What each figure is, and the figure, on standard output; no line ends with blanks."""
+WIDE = 200  # columns of a table that is not read on a terminal
+
+
+def print_table(title: str, rows: Iterable[tuple[str, ...]], *, wide: bool = False) -> None:
+    """Rows on standard output, which no line ends with blanks; `wide` ones are not folded in a pipe or a file."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False, title_style="bold")
     for row in rows:
         table.add_row(*row)
     console = make_console(sys.stdout)
+    if wide and not sys.stdout.isatty():
+        console.width = WIDE
     with console.capture() as lines:
         console.print(table)
     print("\n".join(line.rstrip() for line in lines.get().splitlines()))

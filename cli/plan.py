@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from hybrid.memory.plan import MemoryPlan
     from hybrid.memory.rates import Rates
 
-DEFAULT_CTX = 32768
 _BANDWIDTH = re.compile(r"(\d+(?:\.\d+)?)\s*([mgt]?)b?(?:/s|ps)?", re.IGNORECASE)
 _GBPS = {"m": 1e-3, "": 1.0, "g": 1.0, "t": 1e3}
 
@@ -92,7 +91,7 @@ def plan(
     recorded = read_record(record) if record else {}
     found = _known(model)
     options = Options(
-        ctx=parse_tokens(ctx) if ctx else min(DEFAULT_CTX, found.config.max_position_embeddings),
+        ctx=parse_tokens(ctx) if ctx else min(Options.ctx, found.config.max_position_embeddings),
         batch=batch,
         experts=experts,
         resident=resident.value,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from cli.output import byte_count, count, duration, make_console, short_tokens
+from cli.output import byte_count, count, duration, print_table, short_tokens
 
 if TYPE_CHECKING:
     from hybrid.memory.achieved import Compared
@@ -132,14 +131,5 @@ def _compared(row: Compared) -> tuple[str, ...]:
 
 
 def _table(title: str, rows: Iterable[tuple[str, ...]]) -> None:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=False, title_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    console = make_console(sys.stdout)
-    if not sys.stdout.isatty():
-        console.width = 200
-    with console.capture() as lines:
-        console.print(table)
-    print("\n" + "\n".join(line.rstrip() for line in lines.get().splitlines()))
+    print()
+    print_table(title, rows, wide=True)

@@ -17,17 +17,17 @@ def trace(seed: int = 0, tokens: int = 40) -> np.ndarray:
 
 
 def test_shares_are_counted() -> None:
-    found = routing.shares(trace(), 10)
+    found = routing.shares(routing.counted(trace(), 10))
     for layer in range(3):
         picks = trace()[:, layer].ravel().tolist()
         assert found[layer].tolist() == pytest.approx([picks.count(expert) / 80 for expert in range(10)])
 
 
 def test_even_and_uneven_use() -> None:
-    even, one = np.full((1, 10), 0.1), np.eye(1, 10)
+    even, one = np.ones((1, 10), np.int64), np.eye(1, 10, dtype=np.int64)
     assert routing.entropy(even) == pytest.approx([1]) and routing.entropy(one) == pytest.approx([0])
     assert routing.busiest(even) == pytest.approx([0.1]) and routing.busiest(one) == pytest.approx([1])
-    assert routing.apart(even, even) == 0 and routing.apart(one, np.eye(1, 10, 3)) == 1
+    assert routing.apart(even / 10, even / 10) == 0 and routing.apart(one, np.eye(1, 10, 3)) == 1
 
 
 def test_experts_kept_from_token_to_token() -> None:
@@ -43,7 +43,7 @@ def test_choices_are_those_the_model_makes(tiny: Path) -> None:
         counts = kimi.expert_report()["counts"]
         found = routing.chosen(kimi._checkpoint, ids)
         assert found.shape == (routing.WINDOW, 2, 4)
-        share = routing.shares(found, kimi.config.n_routed_experts)
+        share = routing.shares(routing.counted(found, kimi.config.n_routed_experts))
         assert (
             np.abs(share - np.array(counts) / (4 * routing.WINDOW)).max() < 0.01
         )  # another order of sums: a few differ

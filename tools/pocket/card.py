@@ -11,6 +11,7 @@ from pocket.dataset import PLAIN_ROWS, SHARES
 from pocket.model import shapes
 from pocket.muon import APART
 from pocket.record import read_log
+from pocket.sources import SOURCES_FILE
 from pocket.state import LOG, Settings
 
 HEAD = """# Pocket
@@ -100,7 +101,7 @@ def _data(data: Path) -> Iterator[str]:
     yield ""
     yield "| package | version | licence |"
     yield "| --- | --- | --- |"
-    for source in json.loads((data / "sources.json").read_text()):
+    for source in json.loads((data / SOURCES_FILE).read_text()):
         yield f"| {source['package']} | {source['version']} | {source['licence']} |"
 
 

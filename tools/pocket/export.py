@@ -15,9 +15,8 @@ from hybrid.errors import KimiError
 from pocket.config import released_config
 from pocket.model import DOWN, GATE_UP
 from pocket.qat import codes_and_scales, is_expert
+from pocket.sources import SOURCES_FILE
 from pocket.state import Settings, State
-
-SOURCES = "sources.json"  # of the training data, if its directory has one
 
 
 def export(settings: Settings, state: State, data: Path, directory: Path, *, experts: str = "int4") -> Path:
@@ -76,5 +75,5 @@ def _tokenizer(data: Path) -> dict[str, bytes]:
         files = {name: (data / name).read_bytes() for name in (MODEL_FILE, CONFIG_FILE)}
     except FileNotFoundError as error:
         raise KimiError(f"{data} holds no tokenizer.", "Run: python tools/train_pocket.py prepare DATA") from error
-    sources = data / SOURCES
-    return files | ({SOURCES: sources.read_bytes()} if sources.exists() else {})
+    sources = data / SOURCES_FILE
+    return files | ({SOURCES_FILE: sources.read_bytes()} if sources.exists() else {})

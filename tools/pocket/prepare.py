@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +14,13 @@ from hybrid.chat.message import Message
 from hybrid.chat.template import DEFAULT_TEMPLATE, ChatTemplate
 from hybrid.chat.tokenizer import Tokenizer, write_tokenizer
 from hybrid.evaluation.case import Case
+from hybrid.evaluation.text import HELDOUT
 from hybrid.evaluation.words import ALL
 from pocket.config import NUM_RANKS
 from pocket.dataset import HELD_OUT_FILE, SHARES, TEXT_FILE, draw_case
-from pocket.sources import CHAT, NOVEL, SOURCES, SPEECHES, chapters, conversations, held_out, speeches
+from pocket.sources import CHAT, NOVEL, SOURCES, SOURCES_FILE, SPEECHES, chapters, conversations, held_out, speeches
 from pocket.vocabulary import count_pieces, train_ranks
 
-SOURCES_FILE = "sources.json"
 # The vocabulary is chosen for the plain text and this many conversations, which are read more often than that text.
 CASES, CASE_WEIGHT = 20_000, 8
 MARKER = re.compile(r"<\|\w+\|>|</?think>")
@@ -69,7 +68,7 @@ def write_text(directory: Path, chats: Iterable[list[Message]], prose: Iterable[
 
 
 def held_out_text() -> str:
-    return (files("hybrid.evaluation") / "data" / "heldout.txt").read_text(encoding="utf-8")
+    return HELDOUT.read_text(encoding="utf-8")
 
 
 def case_texts(case: Case, template: ChatTemplate) -> Iterator[str]:

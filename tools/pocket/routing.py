@@ -5,6 +5,7 @@ A domain is a stream of tokens of one kind: the held-out text, or test cases of 
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.evaluation.case import prompt_ids, reply_ids
 from hybrid.evaluation.skills import SKILLS, cases
 from hybrid.evaluation.text import HELDOUT
+from hybrid.memory.router_stats import layer_heat
 from hybrid.model.streamed import Observer, Stream, on_cpu
 
 WINDOW = 256  # tokens that see each other
-BUSIEST = 0.1  # share of experts whose share of the tokens is told
 
 
 def chosen(checkpoint: Checkpoint, ids: Sequence[int], threads: int = 1) -> np.ndarray:
@@ -49,22 +50,24 @@ def domains(directory: Path, tokens: int, seed: int = 0) -> Iterator[tuple[str, 
         yield skill, list(islice(chain.from_iterable(said), tokens))
 
 
-def shares(trace: np.ndarray, experts: int) -> np.ndarray:
-    """Of the choices in `trace` [tokens, layers, k], those of each expert: fp64 [layers, experts]."""
-    counts = np.stack([np.bincount(layer.ravel(), minlength=experts) for layer in trace.swapaxes(0, 1)])
+def counted(trace: np.ndarray, experts: int) -> np.ndarray:
+    """How often `trace` [tokens, layers, k] chooses each expert: int64 [layers, experts]."""
+    return np.stack([np.bincount(layer.ravel(), minlength=experts) for layer in trace.swapaxes(0, 1)])
+
+
+def shares(counts: np.ndarray) -> np.ndarray:
+    """Of a layer's choices, those of each expert."""
     return counts / counts.sum(axis=1, keepdims=True)
 
 
-def entropy(share: np.ndarray) -> np.ndarray:
+def entropy(counts: np.ndarray) -> list[float]:
     """Of each layer, over that of equal shares: 1 is perfectly even."""
-    logs = np.log(share, out=np.zeros_like(share), where=share > 0)
-    return -(share * logs).sum(axis=1) / np.log(share.shape[1])
+    return [round(layer_heat(layer).entropy / log2(len(layer)), 4) for layer in counts]
 
 
-def busiest(share: np.ndarray) -> np.ndarray:
+def busiest(counts: np.ndarray) -> list[float]:
     """The part of each layer's choices that its busiest tenth of experts gets; a tenth if all are alike."""
-    count = max(1, round(BUSIEST * share.shape[1]))
-    return np.sort(share, axis=1)[:, -count:].sum(axis=1)
+    return [round(layer_heat(layer).hot_share, 4) for layer in counts]
 
 
 def kept(trace: np.ndarray) -> float:
@@ -83,26 +86,22 @@ def measure(directory: Path, tokens: int = 8192, threads: int = 1) -> tuple[dict
     with open_checkpoint(directory) as checkpoint:
         traces = {name: chosen(checkpoint, ids, threads) for name, ids in domains(directory, tokens)}
         experts = checkpoint.config.n_routed_experts
-    by_domain = {name: shares(trace, experts) for name, trace in traces.items()}
-    together = np.mean(list(by_domain.values()), axis=0)
+    counts = {name: counted(trace, experts) for name, trace in traces.items()}
+    together = np.sum(list(counts.values()), axis=0)
     return {
         "tokens_per_domain": tokens,
-        "entropy": rounded(entropy(together)),
-        "busiest_tenth": rounded(busiest(together)),
+        "entropy": entropy(together),
+        "busiest_tenth": busiest(together),
         "domains": {
             name: {
-                "entropy": rounded(entropy(share)),
-                "busiest_tenth": rounded(busiest(share)),
-                "kept": round(kept(traces[name]), 4),
-                "apart_from_text": round(apart(share, by_domain["text"]), 4),
+                "entropy": entropy(counts[name]),
+                "busiest_tenth": busiest(counts[name]),
+                "kept": round(kept(trace), 4),
+                "apart_from_text": round(apart(shares(counts[name]), shares(counts["text"])), 4),
             }
-            for name, share in by_domain.items()
+            for name, trace in traces.items()
         },
     }, traces
-
-
-def rounded(values: np.ndarray) -> list[float]:
-    return [round(float(value), 4) for value in values]
 
 
 def save_trace(traces: dict[str, np.ndarray], path: Path, tokens: int) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 from hybrid.chat.message import Message
 from hybrid.errors import KimiError
 
+SOURCES_FILE = "sources.json"  # of a directory of training data, and of the model made from it
+
 
 @dataclass(frozen=True)
 class Source:
