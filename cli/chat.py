@@ -35,6 +35,7 @@ def chat(
     device: o.Device = None,
     activations: o.ActivationsOption = Activations.int8,
     ram_budget: o.RamBudget = None,
+    gpu_experts: o.GpuExperts = None,
     verify: o.Verify = False,
     json: o.Json = False,
     stream_json: o.StreamJson = False,

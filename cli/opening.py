@@ -29,6 +29,7 @@ STAGES = {
     "demo": "Building the demo model (first run only)",
     "load": "Loading",
     "tier": "Filling RAM with the experts used most; the others stay on the drive",
+    "card": "Copying the experts used most to the card",
     "compile": "Preparing the kernels (compiled on the first run)",
 }
 
@@ -44,6 +45,7 @@ def load_kimi(options: ChatOptions, on_progress: OnProgress) -> Kimi:
         ctx=options.ctx,
         activations=options.activations.value,
         ram_budget=options.ram_budget,
+        gpu_experts=options.gpu_experts,
         keep_stats=options.stats is not False,
         verify=options.verify,
         on_progress=on_progress,

@@ -102,6 +102,7 @@ _MODEL = "Directory of a checkpoint, demo or pocket; without one demo, which is 
 _SYSTEM = 'System prompt; "" removes the default one.'
 _BUDGET = "End the reasoning after so many tokens: 8k, 32k, 96k, ..."
 _RAM = "For a pack's experts; those beyond it are read from the drive when needed. By default all that is free."
+_CARD = "Copies of a model's experts on the card; by default as many as there is room for, 0 for none."
 _STATS = "Counts and speeds below answers; --no-stats also keeps no record of the experts chosen."
 _HISTORY = "Save neither the conversation nor what is typed."
 _ACTIVATIONS = "What experts compute with; float32 is slow and for verification."
@@ -143,6 +144,7 @@ Threads = Annotated[int | None, machine("--threads", metavar="N", min=1, help="C
 Device = Annotated[str | None, machine("--device", metavar="NAME", help="cpu or cuda.")]
 ActivationsOption = Annotated[Activations, machine("--activations", help=_ACTIVATIONS, show_default=True)]
 RamBudget = Annotated[int | None, machine("--ram-budget", metavar="SIZE", parser=_bytes, help=_RAM)]
+GpuExperts = Annotated[int | None, machine("--gpu-experts", metavar="N", min=0, help=_CARD)]
 Verify = Annotated[bool, machine("--verify", help="Compare every expert of a pack with its checksum first.")]
 Json = Annotated[bool, output("--json", help="One JSON object: text, reasoning, usage, timings, ...")]
 StreamJson = Annotated[bool, output("--stream-json", help="JSON lines as they come, then that object.")]
@@ -189,6 +191,7 @@ class ChatOptions:
     device: str | None = None
     activations: Activations = Activations.int8
     ram_budget: int | None = None
+    gpu_experts: int | None = None
     verify: bool = False
     json: bool = False
     stream_json: bool = False

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hybrid.memory.rates import Rates
 
 _BANDWIDTH = re.compile(r"(\d+(?:\.\d+)?)\s*([mgt]?)b?(?:/s|ps)?", re.IGNORECASE)
+LAST = "last"
 _GBPS = {"m": 1e-3, "": 1.0, "g": 1.0, "t": 1e3}
 
 
@@ -48,7 +49,7 @@ _EXPERTS = "auto, native, a format such as trellis2 or int4_g32, or bits per wei
 _RESIDENT = "What every token reads; auto takes bf16 where there is room for it."
 _NVME = "Whether experts may stay on a drive."
 _MEASURE = "Time this machine's kernels first, and remember; a minute where they must be compiled."
-_COMPARE = "A JSON record of a run: show predicted beside achieved."
+_COMPARE = "Show predicted beside achieved: a JSON record of a run, or `last` for the model's last conversation."
 
 
 def plan(
@@ -85,10 +86,10 @@ def plan(
     """
     machine = _machine(vram, ram, gpu, cores)
     speeds = _speeds(machine, parse_bandwidth(ram_bw), parse_bandwidth(disk_bw), parse_bandwidth(pcie_bw), measure)
-    from hybrid.memory.achieved import compare, read_record
+    from hybrid.memory.achieved import compare
     from hybrid.memory.plan import Options, make_plan
 
-    recorded = read_record(record) if record else {}
+    recorded = _recorded(record, model) if record else {}
     found = _known(model)
     options = Options(
         ctx=parse_tokens(ctx) if ctx else min(Options.ctx, found.config.max_position_embeddings),
@@ -178,6 +179,22 @@ def _speeds(machine: Hardware, ram: float | None, disk: float | None, pcie: floa
 
         ram, source = ram_ceiling_gbps(here.cores), "measured"
     return rates(machine, ram=ram, disk=disk, pcie=pcie, measured=kernel_speeds(here.cores), ram_source=source)
+
+
+def _recorded(record: Path, model: str) -> dict[str, Any]:
+    """What is in the file, or what is known of the last run of `model` if it is called `last`."""
+    from hybrid.memory.achieved import read_record, run_file
+
+    if str(record) != LAST or record.exists():
+        return read_record(record)
+    from hybrid.checkpoint import open_checkpoint
+    from hybrid.names import model_path
+
+    with open_checkpoint(model_path(model)) as checkpoint:
+        kept = run_file(checkpoint)
+    if not kept.exists():
+        raise UsageError(f"No run of {model} is on record.", f"Talk to it first: kimi-local chat {model}")
+    return read_record(kept)
 
 
 # -- what is answered -------------------------------------------------------------------------------------------------

@@ -75,11 +75,11 @@ class JsonLinesView(SilentView):
 
 def part_to_dict(part: Part) -> dict[str, Any]:
     """{"type": "reasoning"|"text", "text"} or {"type": "tool_call", "id", "name", "arguments"}."""
-    from hybrid.chat.message import Think, ToolCall
+    from hybrid.chat.message import Text, Think
 
-    if isinstance(part, ToolCall):
-        return {"type": "tool_call", "id": part.id, "name": part.name, "arguments": part.arguments}
-    return {"type": "reasoning" if isinstance(part, Think) else "text", "text": part.text}
+    if isinstance(part, Think | Text):
+        return {"type": "reasoning" if isinstance(part, Think) else "text", "text": part.text}
+    return {"type": "tool_call", "id": part.id, "name": part.name, "arguments": part.arguments}
 
 
 def write_json(out: TextIO, value: dict[str, Any]) -> None:

@@ -1,11 +1,14 @@
 """The processor the runtime uses: how many threads, and on which torch device the resident weights live."""
 
+import logging
 import os
 
 import psutil
 import torch
 
 from hybrid.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 
 def default_threads() -> int:
@@ -28,12 +31,15 @@ def use_threads(threads: int | None) -> int:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """`None` is the CPU for now; a name is checked against what torch can use on this machine."""
+    """`None` is a CUDA card if torch can use one, else the CPU; a name is checked against what it can use here."""
+    wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or "cpu")
+        device = torch.device(wanted)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"Device {name!r} cannot be used: {str(error).splitlines()[0]}", "Try --device cpu."
-        ) from error
+        reason = f"Device {wanted!r} cannot be used: {str(error).splitlines()[0]}"
+        if name is not None:
+            raise UsageError(reason, "Try --device cpu.") from error
+        log.warning("%s The CPU is.", reason)
+        return torch.device("cpu")
     return device

@@ -1,7 +1,10 @@
 """`Kimi`: a loaded model that can be talked to. Engine and chat put together, nothing else."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -12,21 +15,24 @@ from torch import Tensor
 
 from hybrid.chat.message import Message
 from hybrid.chat.parser import ReplyParser
+from hybrid.chat.plain import PlainParser
 from hybrid.chat.template import ChatTemplate
 from hybrid.chat.tokenizer import Tokenizer
-from hybrid.checkpoint import Checkpoint, Pack, open_checkpoint
+from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.config import ModelConfig
 from hybrid.device import choose_device, use_threads
 from hybrid.engine.engine import Engine
-from hybrid.engine.request import Request
+from hybrid.engine.request import Mask, Request
 from hybrid.engine.sampler import SamplingParams
-from hybrid.errors import DoesNotFit, UsageError
+from hybrid.engine.service import Service
+from hybrid.errors import KimiError, UsageError
+from hybrid.memory.achieved import recorded, run_file, save_run
 from hybrid.memory.bandwidth import ram_ceiling_gbps
-from hybrid.memory.hardware import available_ram
 from hybrid.memory.kv_cache import KVCache
 from hybrid.memory.router_stats import read_counts, save_counts, stats_file
 from hybrid.memory.tiers import NvmeTier
-from hybrid.model.transformer import Placement, Transformer
+from hybrid.model.reside import fit, keep_hot, load_bytes, open_tier, reside
+from hybrid.model.transformer import Transformer
 from hybrid.names import DEMO, model_path
 from hybrid.progress import OnProgress, Progress, ignore
 from hybrid.reply import Reply
@@ -37,14 +43,15 @@ PREFILL_CHUNK = 256
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Thinking and instant, as Moonshot recommends for K2.5.
 RECOMMENDED = {True: {"temperature": 1.0, "top_p": 0.95}, False: {"temperature": 0.6, "top_p": 0.95}}
-GIB = 1 << 30
-SPARE = 16  # of the free memory, one part in so many is left free where experts take what they can get
+REMEMBERED = 256  # last replies that the figures of a run are taken from
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Kimi", "Message", "Reply", "SamplingParams", "Stats"]
 
 
 class Kimi:
-    """A model in memory. One thread at a time may iterate its replies; use as a context manager or `close` it."""
+    """A model in memory. One thread at a time may use it, unless it is to `share`; a context manager, or `close` it."""
 
     def __init__(
         self, checkpoint: Checkpoint, engine: Engine, tier: NvmeTier | None = None, stats_file: Path | None = None
@@ -54,6 +61,9 @@ class Kimi:
         self._engine = engine
         self._tier = tier
         self._stats_file = stats_file
+        self._replies: deque[Stats] = deque(maxlen=REMEMBERED)
+        self._load_s = 0.0
+        self._service: Service | None = None
 
     @classmethod
     def load(
@@ -66,6 +76,7 @@ class Kimi:
         ctx: int | None = None,
         cache: int | None = None,
         ram_budget: int | None = None,
+        gpu_experts: int | None = None,
         keep_stats: bool = False,
         activations: str = "int8",
         verify: bool = False,
@@ -79,15 +90,19 @@ class Kimi:
         by what `generate_many` makes at once; verify compares every expert of a pack with its checksum before it is
         used (resident weights always are). ram_budget in bytes: of a pack's routed experts, so many are kept in RAM and
         the others read from its files as they are needed, for the same answers; None keeps all of them, or as many as
-        fit. keep_stats adds how experts were chosen to what is known of the model, when it is closed.
+        fit. device None is a CUDA card if there is one whose kernels work, which is said as a warning if not, else the
+        CPU; gpu_experts routed experts are copied to it, as many as the plan says by default and none where some stay
+        on the drive. keep_stats adds how experts were chosen to what is known of the model, when it is closed, and
+        keeps the figures of this run for `plan --compare`.
 
         Raises CheckpointError for a model that is missing, damaged or unknown, and DoesNotFit, before reading weights,
         when memory will not hold it.
         """
+        given = {name: value for name, value in locals().items() if name != "cls"}
         if activations not in ("int8", "float32") or dtype not in (None, *DTYPES):
             raise UsageError(f"activations {activations!r} with dtype {dtype!r} is not a choice.", "See --help.")
-        report = on_progress or ignore
-        placement = Placement(
+        report, began = on_progress or ignore, time.monotonic()
+        residence = reside(
             choose_device(device), DTYPES[dtype or "bfloat16"], activations == "float32", use_threads(threads)
         )
         checkpoint = open_checkpoint(model_path(DEMO if path is None else path, report), verify=verify)
@@ -96,18 +111,33 @@ class Kimi:
         if ctx and ctx > tokens:
             raise UsageError(f"The context of {ctx:,} tokens is too long.", f"This model takes {tokens:,}.")
         room = max(tokens, cache or 0)
-        tier = _open_tier(checkpoint, placement, room, ram_budget)
+        residence, gpu_slots = fit(checkpoint, residence, room, gpu_experts)
+        tier = open_tier(checkpoint, residence, room, ram_budget)
         if tier is not None:
-            placement = replace(placement, tier=tier)
-        model = Transformer(checkpoint, placement, _loading(checkpoint, placement, tier, report))
+            residence = replace(residence, tier=tier)
+        total = load_bytes(checkpoint, residence)
+        model = Transformer(
+            checkpoint,
+            residence,
+            lambda done: report(Progress("load", total * done // config.num_hidden_layers, total, "B")),
+        )
         checkpoint.release()
+        kv = KVCache(config, room, dtype=residence.dtype, device=residence.device)
         known = stats_file(checkpoint)
+        counts = read_counts(known, config)
         if tier is not None:
-            tier.preload(read_counts(known, config), lambda done, total: report(Progress("tier", done, total, "B")))
+            tier.preload(counts, lambda done, total: report(Progress("tier", done, total, "B")))
             model.stats.tier = tier.counters
-        kv = KVCache(config, room, dtype=placement.dtype, device=placement.device)
+        else:
+            keep_hot(model, gpu_slots, counts, lambda done, total: report(Progress("card", done, total, "B")))
         kimi = cls(checkpoint, Engine(model, kv, prefill_chunk, tokens), tier, known if keep_stats else None)
-        kimi._compile(report)
+        failed = kimi._compile(report)
+        if failed:
+            log.warning("%s Everything is loaded again, for the CPU.", failed)
+            kimi.close()
+            del kimi, model, kv, tier, residence  # what they hold is needed once more
+            return cls.load(**given | {"device": "cpu", "gpu_experts": None})
+        kimi._load_s = time.monotonic() - began
         return kimi
 
     # -- what it is -------------------------------------------------------------------------------------------------
@@ -160,13 +190,23 @@ class Kimi:
         return SamplingParams(**values, stop_ids=self.stop_ids)
 
     # -- what it does -----------------------------------------------------------------------------------------------
+    def share(self, *, batch: int = 8, queue: int = 64) -> None:
+        """From now on any number of threads may call `logits`, `generate`, `reply` and `complete`, and iterate these.
+
+        A thread of its own computes up to `batch` answers together, and `queue` may wait: for more, Full is raised.
+        `close` ends it, and interrupts what is being made.
+        """
+        assert self._service is None, "it is shared already"
+        self._service = Service(self._engine, batch=batch, queue=queue)
+
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """fp32 [tokens, vocab]: the scores of what follows every prefix of `token_ids`."""
-        return self._engine.logits(list(token_ids))
+        ids, service = list(token_ids), self._service
+        return self._engine.logits(ids) if service is None else service.call(lambda: self._engine.logits(ids))
 
     def generate(self, token_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
-        """New ids after `token_ids`, the stop id included."""
-        return self._engine.stream(Request(list(token_ids), params))
+        """New ids after `token_ids`, the stop id included. What `params.stop` says counts for replies only."""
+        return self._source.stream(Request(list(token_ids), params))
 
     def generate_many(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], *, batch: int = 32
@@ -176,12 +216,20 @@ class Kimi:
         Each answer is the one `generate` would give, and with a seed the same whatever else is being made. Prompts for
         which the cache has no room yet wait. Raises ContextExceeded for one that never fits, before computing anything.
         """
+        ended = self.finish_many(prompts, params, batch=batch)
+        return ((index, ids, request.finish_reason) for index, ids, request in ended)
+
+    def finish_many(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], *, batch: int = 32
+    ) -> Iterator[tuple[int, list[int], Request]]:
+        """As `generate_many`, with all that is known of a request at its end: also its `cached_tokens`."""
         if batch < 1:
             raise UsageError(f"A batch of {batch} makes no answers.", "It must be 1 or more.")
+        if self._service is not None:
+            raise UsageError("A shared model makes its answers one by one.", "Use generate_many before share.")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         requests = [Request(list(ids), chosen) for ids, chosen in zip(prompts, each, strict=True)]
-        ended = self._engine.stream_many(requests, batch)
-        return ((index, ids, requests[index].finish_reason) for index, ids in ended)
+        return ((index, ids, requests[index]) for index, ids in self._engine.stream_many(requests, batch))
 
     def reply(
         self,
@@ -191,9 +239,15 @@ class Kimi:
         tools: Sequence[dict[str, Any]] | None = None,
         thinking: bool | None = None,
         think_budget: int | None = None,
+        call_pieces: bool = False,
+        mask: Mask | None = None,
         on_progress: OnProgress | None = None,
     ) -> Reply:
-        """The next turn of a conversation. Raises ContextExceeded before computing anything when it does not fit."""
+        """The next turn of a conversation; with `call_pieces` also calls that are still being written.
+
+        `mask` is given the ids made so far, reasoning included, and says which may come next: bool [vocab], or None for
+        all. Raises ContextExceeded before computing anything when it does not fit.
+        """
         thinking = self.default_thinking if thinking is None else thinking
         prompt = self.tokenizer.reuse(self._render(messages, tools, thinking), self._engine.tokens)
         report = on_progress or ignore
@@ -201,10 +255,23 @@ class Kimi:
             prompt,
             params or self.default_params(thinking),
             on_prefill=lambda done, total: report(Progress("prefill", done, total, "tok")),
+            mask=mask,
         )
         calls = sum(len(message.tool_calls) for message in messages)
-        parser = ReplyParser.after(prompt, self.tokenizer, calls)
-        return Reply(self._engine, self.tokenizer, request, parser, think_budget)
+        parser = ReplyParser.after(prompt, self.tokenizer, calls, call_pieces=call_pieces)
+        reply = Reply(self._source, self.tokenizer, request, parser, think_budget)
+        self._replies.append(reply.stats)
+        return reply
+
+    def complete(
+        self, token_ids: Sequence[int], params: SamplingParams, *, on_progress: OnProgress | None = None
+    ) -> Reply:
+        """What follows `token_ids`, all of it as Text. Raises ContextExceeded before computing anything."""
+        report = on_progress or ignore
+        request = Request(
+            list(token_ids), params, on_prefill=lambda done, total: report(Progress("prefill", done, total, "tok"))
+        )
+        return Reply(self._source, self.tokenizer, request, PlainParser(self.tokenizer), None)
 
     def count_tokens(
         self,
@@ -216,17 +283,24 @@ class Kimi:
         return len(self._render(messages, tools, self.default_thinking if thinking is None else thinking))
 
     def expert_report(self) -> dict[str, Any]:
-        """Use of the routed experts since loading: `layers`, `counts` int64 [layers, experts] as lists, and `tier`.
+        """Use of the routed experts since loading: `layers`, `counts` int64 [layers, experts] as lists, `tier`
+        and `cache`.
 
-        That is None where all experts are in RAM, else `TierCounters` with its `hit_rate`, `slots` and `slot_bytes`.
+        `tier` is None where all experts are in RAM, and `cache` where none are on a card; else `TierCounters` and
+        `CacheCounters`, each with its `hit_rate`, `slots` and `slot_bytes`.
         """
-        stats, tier = self._engine.model.stats, self._tier
-        facts = {} if tier is None else {"slots": tier.slots.count, "slot_bytes": tier.slot_bytes}
+        stats, tier, cache = self._engine.model.stats, self._tier, self._engine.model.cache
         return {
             "layers": list(stats.layers),
             "counts": [stats.counts[layer].tolist() for layer in stats.layers],
-            "tier": None if tier is None else asdict(tier.counters) | {"hit_rate": tier.counters.hit_rate} | facts,
+            "tier": None if tier is None else tier.counters.report(tier.slots.count, tier.slot_bytes),
+            "cache": None if cache is None else cache.counters.report(cache.count, cache.slot_bytes),
         }
+
+    def run_record(self) -> dict[str, float]:
+        """Figures of this run so far, as `plan --compare` has them beside what was predicted."""
+        vram = torch.cuda.max_memory_reserved() if self._engine.model.card is not None else 0
+        return recorded(self._replies, self._load_s, vram)
 
     def ram_ceiling_gbps(self) -> float:
         """This machine's read bandwidth at the threads in use, in GB/s; measured once per machine and kept."""
@@ -234,11 +308,16 @@ class Kimi:
 
     def close(self) -> None:
         """Let go of the weights' files, and keep the routing if that was asked for."""
+        if self._service is not None:
+            self._service.close()
         if self._stats_file is not None:
             save_counts(self._stats_file, self.config, self._engine.model.stats.counts)
+            if self._replies:
+                save_run(run_file(self._checkpoint), self.run_record())
             self._stats_file = None
-        if self._tier is not None:
-            self._tier.close()
+        for held in (self._tier, self._engine.model.cache):
+            if held is not None:
+                held.close()
         self._checkpoint.close()
 
     def __enter__(self) -> "Kimi":
@@ -249,52 +328,26 @@ class Kimi:
     ) -> None:
         self.close()
 
+    @property
+    def _source(self) -> Engine | Service:
+        return self._engine if self._service is None else self._service
+
     def _render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, thinking: bool) -> list[int]:
         return self.template.render_ids(messages, self.tokenizer, tools=tools, thinking=thinking)
 
-    def _compile(self, report: OnProgress) -> None:
-        """Run every kernel once, so that compilation (seconds, first run only) happens where progress is shown."""
+    def _compile(self, report: OnProgress) -> str:
+        """Run every kernel once, so that compilation (seconds, first run only) happens where progress is shown.
+
+        What failed, if that was a card's; empty if nothing did.
+        """
         report(Progress("compile", 0, 1, "kernels"))
-        self._engine.logits([0])
-        self._engine.model.stats.reset()
+        try:
+            self._engine.logits([0])
+        except KimiError as error:
+            if self._engine.model.card is None:
+                raise
+            return error.message
+        finally:
+            self._engine.model.stats.reset()
         report(Progress("compile", 1, 1, "kernels"))
-
-
-def _load_bytes(checkpoint: Checkpoint, placement: Placement) -> dict[str, int]:
-    packed = placement.device.type == "cpu" and not placement.exact
-    return checkpoint.load_bytes(placement.dtype.itemsize, packed=packed)
-
-
-def _loading(
-    checkpoint: Checkpoint, placement: Placement, tier: NvmeTier | None, report: OnProgress
-) -> Callable[[int], None]:
-    """What `Transformer` tells of its layers, as bytes."""
-    parts, layers = _load_bytes(checkpoint, placement), checkpoint.config.num_hidden_layers
-    total = sum(parts.values()) - (0 if tier is None else parts["routed_experts"])
-    return lambda done: report(Progress("load", total * done // layers, total, "B"))
-
-
-def _open_tier(checkpoint: Checkpoint, placement: Placement, tokens: int, ram_budget: int | None) -> NvmeTier | None:
-    """None where all routed experts are to be in RAM, else what keeps `ram_budget` bytes of them there.
-
-    Refuses, with the sizes, what memory cannot hold: before a weight is read.
-    """
-    parts = _load_bytes(checkpoint, placement)
-    cache = tokens * checkpoint.config.kv_bytes_per_token(placement.dtype.itemsize)
-    experts, needed, available = parts["routed_experts"], sum(parts.values()) + cache, available_ram()
-    room = available - (needed - experts)
-    pack = checkpoint if isinstance(checkpoint, Pack) and not placement.exact else None
-    if ram_budget is not None and pack is None:
-        raise UsageError("Only packs, with int8 activations, run with a RAM budget.", "Make one: kimi-local quantize.")
-    if pack is not None and ram_budget is not None and ram_budget < experts and ram_budget <= room:
-        return NvmeTier(pack, ram_budget)
-    if pack is not None and ram_budget is None and 0 < room < experts:
-        return NvmeTier(pack, max(0, room - available // SPARE))
-    if experts > room:
-        sizes = ", ".join(f"{name.replace('_', ' ')} {size / GIB:,.1f} GiB" for name, size in parts.items())
-        raise DoesNotFit(
-            f"This model needs {needed / GIB:,.1f} GiB of memory ({sizes}, KV cache {cache / GIB:,.1f} GiB for "
-            f"{tokens:,} tokens) and {available / GIB:,.1f} GiB are free.",
-            "Nothing was read. Use a smaller --ctx or --ram-budget, a smaller model, or a machine with more memory.",
-        )
-    return None
+        return ""

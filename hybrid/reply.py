@@ -1,39 +1,98 @@
 """One answer being made: an iterator of parts that can be stopped, hurried, and asked for its figures."""
 
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from weakref import WeakMethod
 
-from hybrid.chat.message import Message, Part, ToolCall
+from hybrid.chat.message import Message, Part, Text, ToolCall
 from hybrid.chat.parser import ReplyParser
+from hybrid.chat.plain import PlainParser
 from hybrid.chat.tokenizer import Tokenizer
 from hybrid.engine.engine import Engine
-from hybrid.engine.request import Request
+from hybrid.engine.request import Request, TokenLogprobs
+from hybrid.engine.service import Service
 from hybrid.stats import Stats
 
 THINK_END = "</think>"
+
+
+class Stops:
+    """Text up to the first of some strings. What may be the beginning of one is held back until that is decided."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = strings
+        self._held = ""
+        self.found: str | None = None
+        self.behind = 0  # letters of the text from the beginning of `found` on
+
+    def feed(self, text: str) -> str:
+        """What is certain to come before any of the strings; of two that are there the one that ends first counts."""
+        if self.found is not None:
+            self.behind += len(text)
+            return ""
+        text = self._held + text
+        ends = [(at + len(string), at, string) for string in self._strings if (at := text.find(string)) >= 0]
+        if ends:
+            _, at, self.found = min(ends)
+            self.behind = len(text) - at
+            self._held = ""
+            return text[:at]
+        certain = len(text) - self._begun(text)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def flush(self) -> str:
+        """What was held back."""
+        text, self._held = self._held, ""
+        return text
+
+    def _begun(self, text: str) -> int:
+        """How many letters at the end of `text` begin one of the strings."""
+        longest = max(map(len, self._strings), default=0) - 1
+        lengths = range(min(len(text), longest), 0, -1)
+        return next((n for n in lengths if any(string.startswith(text[-n:]) for string in self._strings)), 0)
 
 
 class Reply:
     """Iterate for Think, Text and ToolCall parts. `stop` and `answer_now` may be called from anywhere, any time."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, request: Request, parser: ReplyParser, think_budget: int | None
+        self,
+        engine: Engine | Service,
+        tokenizer: Tokenizer,
+        request: Request,
+        parser: ReplyParser | PlainParser,
+        think_budget: int | None,
     ) -> None:
-        self._engine = engine
         self._request = request
         self._parser = parser
         self._think_end = tokenizer.specials.get(THINK_END)
         self._think_budget = think_budget
-        self._called = False
+        self._stops = Stops(request.params.stop)
+        self._parts: deque[Part] = deque()
+        self._called = self._over = False
         self.stats = Stats(prompt_tokens=len(request.prompt))
-        self._iterator = self._run(engine.stream(request))
+        self._clock = _Clock(engine, self.stats)
+        take = WeakMethod(self._take)  # a reply that nobody listens to any more must not live on in its request
+        request.on_token = lambda token: None if (known := take()) is None else known(token)
+        self._ids = engine.stream(request)
 
     def __iter__(self) -> Iterator[Part]:
         return self
 
     def __next__(self) -> Part:
-        return next(self._iterator)
+        while not self._parts and not self._over:
+            if next(self._ids, None) is None:
+                self._finish()
+                continue
+            if not self.stats.first_token_s:
+                self._clock.begin(self._request)
+            self._clock.note()
+        if not self._parts:
+            raise StopIteration
+        return self._parts.popleft()
 
     def stop(self) -> None:
         """End after the current layer of the prompt, or the current token of the answer."""
@@ -52,45 +111,33 @@ class Reply:
     @property
     def finish_reason(self) -> str:
         """stop, length, context, tool_calls or interrupted; empty while the reply is being made."""
-        if self._called and self._request.finish_reason == "stop":
+        if self._called and self._stops.found is None and self._request.finish_reason == "stop":
             return "tool_calls"
         return self._request.finish_reason
 
     @property
+    def stop_string(self) -> str | None:
+        """Which of the stop strings ended the answer, if one did."""
+        return self._stops.found
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        """Of all tokens so far, reasoning and control tokens included; empty unless asked for."""
+        return self._request.logprobs
+
+    @property
     def message(self) -> Message:
         """The assistant's turn so far."""
-        return self._parser.message(interrupted=self._request.finish_reason == "interrupted")
+        message = self._parser.message(interrupted=self._request.finish_reason == "interrupted")
+        return replace(message, content=message.content[: len(message.content) - self._stops.behind])
 
-    def _run(self, ids: Iterator[int]) -> Iterator[Part]:
-        started = time.perf_counter()
-        first = 0.0
-        experts_before = host_before = 0
-        model = self._engine.model
-        tier = tier_before = model.stats.tier
-        for token in ids:
-            now = time.perf_counter()
-            if not first:
-                first, experts_before, host_before = now, model.stats.expert_bytes, model.host_bytes
-                tier_before = None if tier is None else replace(tier)
-                self._note_prefill(now - started)
-            self.stats.decode_s = now - first
-            self.stats.expert_bytes = model.stats.expert_bytes - experts_before
-            self.stats.host_bytes = model.host_bytes - host_before
-            if tier is not None and tier_before is not None:
-                self.stats.tier_hits = tier.hits - tier_before.hits
-                self.stats.tier_misses = tier.misses - tier_before.misses
-                self.stats.nvme_bytes = tier.nvme_bytes - tier_before.nvme_bytes
-                self.stats.stall_s = tier.stall_s - tier_before.stall_s
-            if token not in self._request.params.stop_ids:
-                yield from self._take(token)
-        yield from self._emit(self._parser.finish())
+    def _take(self, token: int) -> None:
+        """Called as `token` is chosen and before the next one is, perhaps on another thread than the one that listens.
 
-    def _note_prefill(self, seconds: float) -> None:
-        self.stats.first_token_s = seconds
-        self.stats.cached_tokens = self._request.cached_tokens
-        self.stats.prefill_s = self._request.prefill_seconds
-
-    def _take(self, token: int) -> Iterator[Part]:
+        So what it decides, an end to the reasoning or to the answer, is in time.
+        """
+        if token in self._request.params.stop_ids:
+            return
         if self._parser.thinking:
             self.stats.thinking_tokens += 1
         else:
@@ -98,9 +145,55 @@ class Reply:
         parts = self._parser.feed(token)
         if self._think_budget is not None and self.stats.thinking_tokens >= self._think_budget:
             self.answer_now()
-        yield from self._emit(parts)
+        self._give(parts)
 
-    def _emit(self, parts: list[Part]) -> Iterator[Part]:
+    def _give(self, parts: list[Part]) -> None:
         for part in parts:
-            self._called = self._called or isinstance(part, ToolCall)
-            yield part
+            if isinstance(part, Text):
+                self._give_text(self._stops.feed(part.text))
+            elif self._stops.found is None:
+                self._give_text(self._stops.flush())
+                self._called = self._called or isinstance(part, ToolCall)
+                self._parts.append(part)
+        if self._stops.found is not None:
+            self._request.finish_reason = "stop"
+
+    def _give_text(self, text: str) -> None:
+        if text:
+            self._parts.append(Text(text))
+
+    def _finish(self) -> None:
+        self._over = True
+        if self._stops.found is None:
+            self._give(self._parser.finish())
+            self._give_text(self._stops.flush())
+
+
+class _Clock:
+    """Fills in what there is to measure of a reply, every time that a token has come."""
+
+    def __init__(self, engine: Engine | Service, stats: Stats) -> None:
+        self._model = engine.model
+        self._stats = stats
+        self._started = time.perf_counter()
+
+    def begin(self, request: Request) -> None:
+        """The first token is here: decoding is measured from now on."""
+        self._first = time.perf_counter()
+        self._experts, self._host = self._model.stats.expert_bytes, self._model.host_bytes
+        tier = self._model.stats.tier
+        self._tier = None if tier is None else replace(tier)
+        self._stats.first_token_s = self._first - self._started
+        self._stats.cached_tokens = request.cached_tokens
+        self._stats.prefill_s = request.prefill_seconds
+
+    def note(self) -> None:
+        stats, tier, before = self._stats, self._model.stats.tier, self._tier
+        stats.decode_s = time.perf_counter() - self._first
+        stats.expert_bytes = self._model.stats.expert_bytes - self._experts
+        stats.host_bytes = self._model.host_bytes - self._host
+        if tier is not None and before is not None:
+            stats.tier_hits = tier.hits - before.hits
+            stats.tier_misses = tier.misses - before.misses
+            stats.nvme_bytes = tier.nvme_bytes - before.nvme_bytes
+            stats.stall_s = tier.stall_s - before.stall_s

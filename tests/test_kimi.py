@@ -10,6 +10,7 @@ import torch
 
 from hybrid import Kimi, SamplingParams
 from hybrid.chat.message import Message, Text, Think
+from hybrid.device import choose_device
 from hybrid.errors import CheckpointError, ContextExceeded, DoesNotFit, UsageError
 from hybrid.progress import Progress
 
@@ -83,7 +84,7 @@ def test_what_does_not_fit_is_refused_with_numbers(kimi: Kimi) -> None:
 
 
 def test_memory_is_checked_before_reading(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybrid.kimi.available_ram", lambda: 1000)
+    monkeypatch.setattr("hybrid.model.reside.available_ram", lambda: 1000)
     monkeypatch.setattr("hybrid.kimi.Transformer", None)  # reading would fail differently
     with pytest.raises(DoesNotFit, match="Nothing was read"):
         Kimi.load(tiny)
@@ -103,6 +104,29 @@ def test_absent_model() -> None:
 def test_impossible_options(tiny: Path, wrong: dict[str, str]) -> None:
     with pytest.raises(UsageError):
         Kimi.load(tiny, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_no_expert_is_kept_on_one(kimi: Kimi, tiny: Path) -> None:
+    assert kimi.expert_report()["cache"] is None
+    with pytest.raises(UsageError, match="none in use"):
+        Kimi.load(tiny, gpu_experts=1)
+    with Kimi.load(tiny, ctx=64, gpu_experts=0) as none:
+        assert none.expert_report()["cache"] is None
+
+
+def test_a_card_that_torch_cannot_use_is_said_and_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*arguments: object, **named: object) -> None:
+        raise RuntimeError("CUDA driver error\nand more")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", broken)
+    assert choose_device(None).type == "cpu"
+    assert caplog.messages == ["Device 'cuda' cannot be used: CUDA driver error The CPU is."]
+    with pytest.raises(UsageError, match="driver error Try --device cpu"):
+        choose_device("cuda")
 
 
 @pytest.fixture

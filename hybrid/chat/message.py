@@ -31,7 +31,16 @@ class ToolCall:
     arguments: str
 
 
-Part = Think | Text | ToolCall
+@dataclass(frozen=True)
+class CallPiece:
+    """More of a call that is still being written, for those who ask for it; the ToolCall follows when it is whole."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+Part = Think | Text | ToolCall | CallPiece
 
 
 @dataclass(frozen=True)

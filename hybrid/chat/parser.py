@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from enum import Enum
 from itertools import chain, count
 
-from hybrid.chat.message import Message, Part, Text, Think, ToolCall, join_parts
+from hybrid.chat.message import CallPiece, Message, Part, Text, Think, ToolCall, join_parts
 from hybrid.chat.tokenizer import Tokenizer
 
 THINK_BEGIN, THINK_END = "<think>", "</think>"
@@ -54,10 +54,11 @@ class ReplyParser:
     """Feed it the generated ids in order, then `finish`. Blanks around the reasoning are left out of the parts.
 
     `thinking`: the prompt ended with <think>, so the reply begins as reasoning. `call_index`: how many calls the
-    conversation holds already; it numbers the calls whose id carries no number.
+    conversation holds already; it numbers the calls whose id carries no number. `call_pieces`: calls also come as
+    CallPieces while they are written; one that is cut off is then known from those, and does not come out as Text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, thinking: bool, call_index: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, thinking: bool, call_index: int = 0, *, call_pieces: bool = False) -> None:
         self._tokenizer = tokenizer
         self._decoder = tokenizer.stream_decoder()
         self._spelled = {
@@ -70,13 +71,17 @@ class ReplyParser:
         self._at_start = True  # nothing but blanks yet at this place
         self._layout = False  # blanks here only set calls apart
         self._id = self._arguments = ""
+        self._call_pieces = call_pieces
+        self._given: int | None = None  # letters of the arguments that came out as pieces; None before the first
         self._next_index = call_index
         self._calls: list[ToolCall] = []
         self._thoughts: list[str] = []
         self._answer: list[str] = []
 
     @classmethod
-    def after(cls, prompt: Sequence[int], tokenizer: Tokenizer, call_index: int = 0) -> "ReplyParser":
+    def after(
+        cls, prompt: Sequence[int], tokenizer: Tokenizer, call_index: int = 0, *, call_pieces: bool = False
+    ) -> "ReplyParser":
         """A parser for the reply to `prompt`: it begins as reasoning if the prompt ends with <think>, blanks aside.
 
         Only the end counts: reasoning in the history opens and closes too.
@@ -85,7 +90,7 @@ class ReplyParser:
         while end and tokenizer.token_bytes(prompt[end - 1]).isspace():
             end -= 1
         thinking = end > 0 and tokenizer.special_name(prompt[end - 1]) == THINK_BEGIN
-        return cls(tokenizer, thinking, call_index)
+        return cls(tokenizer, thinking, call_index, call_pieces=call_pieces)
 
     @property
     def thinking(self) -> bool:
@@ -136,6 +141,7 @@ class ReplyParser:
                 self._id += text
             case Place.ARGUMENTS:
                 self._arguments += text
+                return self._piece(self._arguments.strip())
             case Place.THINK:
                 return self._write_thought(text)
             case Place.TEXT:
@@ -168,34 +174,53 @@ class ReplyParser:
             parts = self._abandon()
         self._place, self._at_start, self._blanks = place, True, ""
         self._layout = marker != THINK_END
-        return parts
+        return parts + (self._piece("") if place is Place.ARGUMENTS else [])
 
     def _complete(self) -> list[Part]:
-        """The call just ended; its id gets the form functions.NAME:i, unlike all others."""
+        """The call just ended."""
+        name, call_id = self._named()
+        if not name:
+            return self._abandon()
+        call = ToolCall(call_id, name, self._arguments.strip() or "{}")
+        pieces = self._piece(call.arguments)
+        self._next_index += 1
+        self._calls.append(call)
+        self._forget_call()
+        return [*pieces, call]
+
+    def _named(self) -> tuple[str, str]:
+        """Name and id of the call being written; the id gets the form functions.NAME:i, unlike all others."""
         given = self._id.strip()
         match = CALL_ID.fullmatch(given)
         name = match["name"] if match else given.removeprefix("functions.")
-        if not name:
-            return self._abandon()
         numbers = chain([match["index"]] if match else [], count(self._next_index))
-        ids = (f"functions.{name}:{number}" for number in numbers)
         used = {call.id for call in self._calls}
-        call = ToolCall(next(i for i in ids if i not in used), name, self._arguments.strip() or "{}")
-        self._next_index += 1
-        self._calls.append(call)
+        return name, next(i for number in numbers if (i := f"functions.{name}:{number}") not in used)
+
+    def _piece(self, arguments: str) -> list[Part]:
+        """What `arguments` say beyond what was given of them; at first also when that is nothing."""
+        name, call_id = self._named() if self._call_pieces else ("", "")
+        if not name or self._given == len(arguments):
+            return []
+        new = arguments[self._given or 0 :]
+        self._given = len(arguments)
+        return [CallPiece(call_id, name, new)]
+
+    def _forget_call(self) -> None:
         self._id = self._arguments = ""
-        return [call]
+        self._given = None
 
     def _abandon(self) -> list[Part]:
         """What there is of a call that will not be complete, as text on a line of its own."""
         text = f"{self._id.strip()} {self._arguments.strip()}".strip()
-        self._id = self._arguments = ""
+        known = self._given is not None
+        self._forget_call()
         if not text:
             return []
         if any(piece.strip() for piece in self._answer):
             text = "\n" + text
         self._answer.append(text)
-        return [Text(text)]
+        return [] if known else [Text(text)]
 
 
 class _Spelled:

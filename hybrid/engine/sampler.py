@@ -1,5 +1,8 @@
-"""From logits to a token: temperature, top-k, top-p, min-p, with a generator of its own per request."""
+"""From logits to a token: penalties, temperature, top-k, top-p, min-p, with a generator of its own per request."""
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +24,12 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int = 32768
     stop_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()  # texts of the answer, not of reasoning, before which it ends
+    presence_penalty: float = 0.0  # taken once from the logit of every id of the answer so far,
+    frequency_penalty: float = 0.0  # and this as often as it is there
+    repetition_penalty: float = 1.0  # divides positive logits of ids of prompt and answer, and multiplies negative ones
+    logit_bias: tuple[tuple[int, float], ...] = ()  # added to the logits of these ids
+    logprobs: int | None = None  # how many likeliest ids to tell of for every token; None: nothing is told
 
     def __post_init__(self) -> None:
         checks = {
@@ -29,6 +38,12 @@ class SamplingParams:
             "top_k": (self.top_k >= 0, "0 (no limit) or more"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "max_tokens": (self.max_tokens >= 1, "1 or more"),
+            "stop": (all(self.stop), "without empty texts"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
+            "logit_bias": (all(math.isfinite(bias) for _, bias in self.logit_bias), "of finite numbers"),
+            "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more"),
         }
         for name, (valid, meaning) in checks.items():
             if not valid:
@@ -47,21 +62,52 @@ def require_finite(logits: Tensor) -> None:
 class Sampler:
     """Draws tokens for one request; the same seed and logits give the same tokens, whatever else is running."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, prompt: Sequence[int] = ()) -> None:
+        """`prompt`: the ids before the answer, for the repetition penalty."""
         self.params = params
         self.generator = torch.Generator()
+        self._prompt = frozenset(prompt) if params.repetition_penalty != 1 else frozenset()
+        self._made: Counter[int] = Counter()
         if params.seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(params.seed)
 
-    def sample(self, logits: Tensor) -> int:
-        """logits fp32 [vocab] -> one token id. Raises KimiError when the model has produced NaN or infinity."""
+    def sample(self, logits: Tensor, allowed: Tensor | None = None) -> int:
+        """logits fp32 [vocab] -> one token id, of those `allowed` (bool [vocab]) if that is given.
+
+        Raises KimiError when the model has produced NaN or infinity, or when nothing is allowed.
+        """
         require_finite(logits)
+        logits = self._adjusted(logits)
+        if allowed is not None:
+            if not bool(allowed.any()):
+                raise KimiError("No token is allowed to come next.", "Ask for another form of the answer.")
+            logits = logits.masked_fill(~allowed.to(logits.device), -math.inf)
         if self.params.temperature == 0:
             return int(logits.argmax())
         probabilities, ids = self._candidates((logits.cpu() / self.params.temperature).softmax(dim=-1))
         return int(ids[self._draw(probabilities)])
+
+    def note(self, token: int) -> None:
+        """`token` is part of the answer from now on."""
+        self._made[token] += 1
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """`logits` after penalties and biases."""
+        params = self.params
+        seen = list(self._prompt | self._made.keys()) if params.repetition_penalty != 1 else []
+        made = list(self._made) if params.presence_penalty or params.frequency_penalty else []
+        if not (seen or made or params.logit_bias):
+            return logits
+        logits = logits.cpu().clone()
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        times = torch.tensor([self._made[token] for token in made], dtype=torch.float32)
+        logits[made] -= params.presence_penalty + params.frequency_penalty * times
+        for token, bias in params.logit_bias:
+            logits[token] += bias
+        return logits
 
     def _draw(self, probabilities: Tensor) -> int:
         """An index of `probabilities` [candidates], which need not sum to 1.

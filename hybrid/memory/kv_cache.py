@@ -4,6 +4,9 @@ K2.5 keeps 576 values per token and layer (70,272 bytes per token in bf16) where
 would take 2.5 MB.
 """
 
+from bisect import bisect_left, insort
+from operator import neg
+
 import torch
 from torch import Tensor
 
@@ -12,15 +15,24 @@ from hybrid.config import ModelConfig
 PAGE_SIZE = 64
 
 
+def pages_for(tokens: int) -> int:
+    """Pages that `tokens` tokens take."""
+    return -(-tokens // PAGE_SIZE)
+
+
 class KVCache:
-    """Pages of latent rows shared by all sequences; a sequence is a list of page numbers."""
+    """Pages of latent rows shared by all sequences; a sequence is a list of page numbers.
+
+    A page may have several holders, none of whom writes to it then; it is free when the last one has dropped it.
+    """
 
     def __init__(self, config: ModelConfig, tokens: int, *, dtype: torch.dtype, device: torch.device) -> None:
         """Room for `tokens` tokens, rounded up to whole pages; on a CPU memory is taken as it is first written."""
-        self.num_pages = -(-tokens // PAGE_SIZE)
+        self.num_pages = pages_for(tokens)
         shape = (config.num_hidden_layers, self.num_pages * PAGE_SIZE, config.latent_dim)
         self.rows = torch.empty(shape, dtype=dtype, device=device)
         self.free = list(range(self.num_pages - 1, -1, -1))  # lowest page last: handed out in memory order
+        self.holders = [0] * self.num_pages
 
     @property
     def capacity(self) -> int:
@@ -29,16 +41,34 @@ class KVCache:
 
     def extend(self, page_table: list[int], tokens: int) -> None:
         """Append pages to `page_table` until it holds `tokens` tokens; the caller has checked that there are enough."""
-        missing = -(-tokens // PAGE_SIZE) - len(page_table)
+        missing = pages_for(tokens) - len(page_table)
         assert missing <= len(self.free), (missing, len(self.free))
-        page_table.extend(self.free.pop() for _ in range(missing))
+        for _ in range(missing):
+            page_table.append(self._take(page_table[-1] + 1 if page_table else 0))
+
+    def hold(self, page: int) -> None:
+        """One more holder of a page that has one."""
+        assert self.holders[page], page
+        self.holders[page] += 1
+
+    def drop(self, page: int) -> None:
+        """One holder less."""
+        assert self.holders[page], page
+        self.holders[page] -= 1
+        if not self.holders[page]:
+            insort(self.free, page, key=neg)
 
     def release(self, page_table: list[int], tokens: int = 0) -> None:
-        """Give back the pages of `page_table` beyond its first `tokens` tokens."""
-        kept = -(-tokens // PAGE_SIZE)
-        self.free.extend(reversed(page_table[kept:]))
-        self.free.sort(reverse=True)
+        """Drop the pages of `page_table` beyond its first `tokens` tokens."""
+        kept = pages_for(tokens)
+        for page in page_table[kept:]:
+            self.drop(page)
         del page_table[kept:]
+
+    def copy(self, source: int, target: int, rows: int) -> None:
+        """The first `rows` rows of page `source` into page `target`, in all layers."""
+        first, second = source * PAGE_SIZE, target * PAGE_SIZE
+        self.rows[:, second : second + rows] = self.rows[:, first : first + rows]
 
     def write(self, layer: int, page_table: tuple[int, ...], past: int, rows: Tensor) -> None:
         """Store `rows` [tokens, latent_dim] at positions past.. of a sequence."""
@@ -53,9 +83,16 @@ class KVCache:
         run = self._run(page_table, 0, tokens)
         return self.rows[layer, run] if isinstance(run, slice) else self.rows[layer].index_select(0, run)
 
+    def _take(self, wanted: int) -> int:
+        """Page `wanted` if it is free, so that sequences lie in a row, else the lowest that is."""
+        at = bisect_left(self.free, -wanted, key=neg)
+        page = self.free.pop(at if at < len(self.free) and self.free[at] == wanted else -1)
+        self.holders[page] = 1
+        return page
+
     def _run(self, page_table: tuple[int, ...], start: int, stop: int) -> slice | Tensor:
         """Where positions start..stop of a sequence lie in `rows`."""
-        first, last = start // PAGE_SIZE, -(-stop // PAGE_SIZE)
+        first, last = start // PAGE_SIZE, pages_for(stop)
         pages = page_table[first:last]
         if pages == tuple(range(pages[0], pages[0] + len(pages))):
             offset = (pages[0] - first) * PAGE_SIZE

@@ -6,9 +6,9 @@ checkpoint it was made of share it, because they route alike.
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import platformdirs
@@ -24,23 +24,42 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class TierCounters:
-    """What became of the experts asked for where some stay on the drive; one counts once per step and layer."""
+class Counters:
+    """What became of the experts asked for where they lie in several places; one counts once per step and layer."""
 
-    hits: int = 0  # lay in RAM
-    misses: int = 0  # had to be waited for
-    foreseen: int = 0  # reads begun before they were asked for
+    hits: int = 0  # lay where they are multiplied fastest
+    misses: int = 0
     evictions: int = 0
-    ram_bytes: int = 0  # of hits
-    nvme_bytes: int = 0  # read from the drive
-    stall_s: float = 0.0  # seconds in which arithmetic waited for the drive
+    ram_bytes: int = 0  # read from RAM to multiply
+    stall_s: float = 0.0  # seconds in which arithmetic waited
 
     @property
     def hit_rate(self) -> float:
         return self.hits / max(1, self.hits + self.misses)
 
+    def report(self, slots: int, slot_bytes: int) -> dict[str, Any]:
+        """All of it by name, with the hit rate and how much room there is."""
+        return asdict(self) | {"hit_rate": self.hit_rate, "slots": slots, "slot_bytes": slot_bytes}
+
     def reset(self) -> None:
-        self.__dict__.update(TierCounters().__dict__)
+        self.__dict__.update(type(self)().__dict__)
+
+
+@dataclass
+class TierCounters(Counters):
+    """Where some experts stay on the drive: hits lay in RAM, misses and stalls are waits for the drive."""
+
+    foreseen: int = 0  # reads begun before they were asked for
+    nvme_bytes: int = 0  # read from the drive
+
+
+@dataclass
+class CacheCounters(Counters):
+    """Where a card holds copies of some: hits are multiplied there, misses by the CPU; stalls wait for the card."""
+
+    uploads: int = 0
+    card_bytes: int = 0  # of hits
+    upload_bytes: int = 0
 
 
 class RouterStats:
@@ -49,11 +68,12 @@ class RouterStats:
     def __init__(self, config: ModelConfig) -> None:
         self.layers = config.moe_layers
         self.counts = np.zeros((config.num_hidden_layers, config.n_routed_experts), np.int64)
-        self.expert_bytes = 0  # bytes of routed experts read so far; an expert counts once per step and layer
+        self.expert_bytes = 0  # of routed experts the host read so far; one counts once per step and layer
         self.tier: TierCounters | None = None  # of the NVMe tier, where there is one
+        self.cache: CacheCounters | None = None  # of the experts in a card's memory, where there are any
 
     def record(self, layer: int, topk_ids: np.ndarray, expert_bytes: np.ndarray) -> None:
-        """topk_ids int [tokens, k] of one step; `expert_bytes` int64 [experts], the sizes of this layer's experts."""
+        """topk_ids int [tokens, k] of one step; `expert_bytes` int64 [experts], what the host reads to apply each."""
         chosen = np.bincount(topk_ids.reshape(-1), minlength=self.counts.shape[1])
         self.counts[layer] += chosen
         self.expert_bytes += int(expert_bytes[chosen > 0].sum())
@@ -62,8 +82,9 @@ class RouterStats:
         """Start counting afresh."""
         self.counts[:] = 0
         self.expert_bytes = 0
-        if self.tier is not None:
-            self.tier.reset()
+        for counters in (self.tier, self.cache):
+            if counters is not None:
+                counters.reset()
 
 
 # -- on disk ----------------------------------------------------------------------------------------------------------
@@ -97,6 +118,12 @@ def save_counts(path: Path, config: ModelConfig, counts: np.ndarray) -> None:
 
 
 # -- what they say ----------------------------------------------------------------------------------------------------
+def odds(counts: np.ndarray, per_token: int) -> np.ndarray:
+    """In which share of steps each expert is used by a token that chooses `per_token`, as `counts` [layers, experts]
+    say; zeros for a layer without any."""
+    return np.minimum(1, per_token * counts / np.maximum(1, counts.sum(1, keepdims=True)))
+
+
 class LayerHeat(NamedTuple):
     """How unevenly a layer chooses."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybrid.checkpoint import Checkpoint
 from hybrid.model.streamed import Observer, Stream
-from hybrid.model.transformer import Placement
+from hybrid.model.transformer import Residence
 from hybrid.progress import OnProgress, Progress, ignore
 
 
@@ -57,7 +57,7 @@ def compare(
     a: Checkpoint,
     b: Checkpoint,
     windows: Sequence[Sequence[int]],
-    placement: Placement,
+    residence: Residence,
     on_progress: OnProgress = ignore,
 ) -> Comparison:
     """Run both over `windows` of token ids, of one length and in a vocabulary that both share.
@@ -65,7 +65,7 @@ def compare(
     Raises CheckpointError for a model that gives values which are not numbers, DoesNotFit for too little memory.
     """
     assert a.config.vocab_size == b.config.vocab_size, "the caller refuses other pairs"
-    streams = (Stream(a, placement, windows), Stream(b, placement, windows))
+    streams = (Stream(a, residence, windows), Stream(b, residence, windows))
     layers = _through_layers(streams, on_progress)
     return summary(score(*streams, on_progress), layers)
 

@@ -24,7 +24,7 @@ from hybrid.model.batch import Batch, Segment
 from hybrid.model.layers import Linear, Weights, rms_norm
 from hybrid.model.moe import MoE, ObserveRouting
 from hybrid.model.rope import Rope
-from hybrid.model.transformer import Block, Placement, load_block
+from hybrid.model.transformer import Block, Residence, load_block
 
 ATTENDED_AT_ONCE = 256  # tokens of a window, as the engine prefills them
 FED_AT_ONCE = 2048  # tokens in the feed-forward part
@@ -49,27 +49,27 @@ class Observer:
 NOBODY = Observer()
 
 
-def on_cpu(activations: str, threads: int) -> Placement:
+def on_cpu(activations: str, threads: int) -> Residence:
     """How a checkpoint is run: "int8" as `Kimi` does by default, "float32" everything in fp32."""
     exact = activations == "float32"
-    return Placement(torch.device("cpu"), torch.float32 if exact else torch.bfloat16, exact, threads)
+    return Residence(torch.device("cpu"), torch.float32 if exact else torch.bfloat16, exact, threads)
 
 
 class Stream:
     """The residual stream of all windows between two layers; `step` takes it through the next one."""
 
-    def __init__(self, checkpoint: Checkpoint, placement: Placement, windows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, checkpoint: Checkpoint, residence: Residence, windows: Sequence[Sequence[int]]) -> None:
         """`windows` are token ids, independent sequences of one length.
 
         Raises DoesNotFit, before weights are read, when memory will not hold the widest layer beside the stream.
         """
-        self.checkpoint, self.placement, self.config = checkpoint, placement, checkpoint.config
+        self.checkpoint, self.residence, self.config = checkpoint, residence, checkpoint.config
         self.windows = torch.tensor(windows, dtype=torch.int64)
         self.done = 0
-        _require_memory(checkpoint, placement, self.windows.numel())
+        _require_memory(checkpoint, residence, self.windows.numel())
         table = checkpoint.tensor("embed_tokens.weight")
-        self.h = table[self.windows.view(-1)].to(placement.device, placement.dtype)  # [tokens, hidden]
-        self.rope = Rope(self.config, placement.device)
+        self.h = table[self.windows.view(-1)].to(residence.device, residence.dtype)  # [tokens, hidden]
+        self.rope = Rope(self.config, residence.device)
 
     @property
     def finished(self) -> bool:
@@ -78,7 +78,7 @@ class Stream:
     def resume(self, done: int, h: Tensor) -> None:
         """Go on behind layer `done` - 1 with the residual stream [tokens, hidden] that an earlier run left there."""
         assert h.shape == self.h.shape, (h.shape, self.h.shape)
-        self.done, self.h = done, h.to(self.placement.device, self.placement.dtype)
+        self.done, self.h = done, h.to(self.residence.device, self.residence.dtype)
 
     @torch.inference_mode()
     def step(self, observer: Observer = NOBODY) -> None:
@@ -116,11 +116,11 @@ class Stream:
         return Linear(weights.tensor("embed_tokens.weight")) if tied else weights.linear("lm_head")
 
     def _weights(self) -> Weights:
-        placement = self.placement
-        return Weights(self.checkpoint, placement.device, placement.dtype, exact=placement.exact)
+        residence = self.residence
+        return Weights(self.checkpoint, residence.device, residence.dtype, exact=residence.exact)
 
     def _load(self, observer: Observer) -> Block:
-        block = load_block(self._weights(), self.placement, self.done, RouterStats(self.config))
+        block = load_block(self._weights(), self.residence, self.done, RouterStats(self.config))
         if not isinstance(block.ffn, MoE):
             return block
         if isinstance(block.ffn.experts, ExactExperts):
@@ -130,7 +130,7 @@ class Stream:
     def _attend(self, block: Block) -> None:
         count, length = self.windows.shape
         # Room for all layers, of which only this one's rows are ever written and take memory.
-        kv = KVCache(self.config, length, dtype=self.placement.dtype, device=self.placement.device)
+        kv = KVCache(self.config, length, dtype=self.residence.dtype, device=self.residence.device)
         pages: list[int] = []
         kv.extend(pages, length)
         for window in range(count):
@@ -140,13 +140,13 @@ class Stream:
 
     def _attend_chunk(self, block: Block, kv: KVCache, window: int, segment: Segment) -> None:
         chunk = slice(segment.past, segment.past + segment.stop)
-        batch = Batch(self.windows[window, chunk].to(self.placement.device), (segment,))
+        batch = Batch(self.windows[window, chunk].to(self.residence.device), (segment,))
         cos, sin = self.rope.table(batch.positions())
         h = self.h.view(*self.windows.shape, -1)[window, chunk]
         h.copy_(block.attend(h, batch, kv, cos, sin))
 
     def _feed(self, block: Block) -> None:
-        routed = isinstance(block.ffn, MoE) and self.placement.exact
+        routed = isinstance(block.ffn, MoE) and self.residence.exact
         for h in self.h.split(ROUTED_AT_ONCE if routed else FED_AT_ONCE):
             h.copy_(block.feed(h))
 
@@ -157,9 +157,9 @@ class Stream:
         )
 
 
-def _require_memory(checkpoint: Checkpoint, placement: Placement, tokens: int) -> None:
+def _require_memory(checkpoint: Checkpoint, residence: Residence, tokens: int) -> None:
     """Refuse what memory cannot hold: the widest layer, and the stream with what is computed from it."""
-    config, itemsize = checkpoint.config, placement.dtype.itemsize
+    config, itemsize = checkpoint.config, residence.dtype.itemsize
     experts = checkpoint.load_bytes(itemsize)["routed_experts"] // max(1, config.num_moe_layers)
     width = max(config.shared_intermediate_size, config.intermediate_size)
     resident = config.attention_params + 3 * config.hidden_size * width

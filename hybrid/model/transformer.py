@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hybrid.checkpoint import Checkpoint
+from hybrid.memory.expert_cache import ExpertCache
 from hybrid.memory.expert_store import load_experts
 from hybrid.memory.kv_cache import KVCache
 from hybrid.memory.router_stats import RouterStats
@@ -16,7 +17,7 @@ from hybrid.model.batch import Batch
 from hybrid.model.gpu import Card
 from hybrid.model.gpu.see import see
 from hybrid.model.layers import GatedMLP, Linear, Weights, rms_norm
-from hybrid.model.moe import MoE
+from hybrid.model.moe import Crossing, Hot, MoE
 from hybrid.model.rope import Rope
 from hybrid.model.router import Router
 
@@ -41,7 +42,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Placement:
+class Residence:
     """Where the resident weights live and in what precision; `exact` experts multiply full-precision activations."""
 
     device: torch.device
@@ -52,7 +53,7 @@ class Placement:
     tier: NvmeTier | None = None  # of the checkpoint's routed experts, where RAM will not hold them all
 
 
-def load_block(weights: Weights, placement: Placement, layer: int, stats: RouterStats) -> Block:
+def load_block(weights: Weights, residence: Residence, layer: int, stats: RouterStats) -> Block:
     """Read all weights of one layer."""
     config, prefix = weights.checkpoint.config, f"layers.{layer}"
     routed = config.is_moe_layer(layer)
@@ -60,20 +61,20 @@ def load_block(weights: Weights, placement: Placement, layer: int, stats: Router
         weights.tensor(f"{prefix}.input_layernorm.weight"),
         Attention(config, layer, weights),
         weights.tensor(f"{prefix}.post_attention_layernorm.weight"),
-        _load_moe(weights, placement, layer, stats) if routed else GatedMLP.load(weights, f"{prefix}.mlp"),
+        _load_moe(weights, residence, layer, stats) if routed else GatedMLP.load(weights, f"{prefix}.mlp"),
         config.rms_norm_eps,
     )
 
 
-def _load_moe(weights: Weights, placement: Placement, layer: int, stats: RouterStats) -> MoE:
+def _load_moe(weights: Weights, residence: Residence, layer: int, stats: RouterStats) -> MoE:
     config, prefix = weights.checkpoint.config, f"layers.{layer}.mlp"
     experts = load_experts(
         weights.checkpoint,
         layer,
-        exact=placement.exact,
-        dtype=placement.dtype,
-        threads=placement.threads,
-        tier=placement.tier,
+        exact=residence.exact,
+        dtype=residence.dtype,
+        threads=residence.threads,
+        tier=residence.tier,
     )
     shared = GatedMLP.load(weights, f"{prefix}.shared_experts") if config.n_shared_experts else None
     return MoE(layer, Router.load(config, weights, f"{prefix}.gate"), experts, shared, stats)
@@ -83,26 +84,38 @@ class Transformer:
     """The weights and the arithmetic; knows no text, no requests and no sampling."""
 
     def __init__(
-        self, checkpoint: Checkpoint, placement: Placement, on_layer_loaded: Callable[[int], None] = lambda layer: None
+        self, checkpoint: Checkpoint, residence: Residence, on_layer_loaded: Callable[[int], None] = lambda layer: None
     ) -> None:
         """Reads every weight of `checkpoint`; `on_layer_loaded(n)` is told the number of layers done."""
         config = self.config = checkpoint.config
         self.stats = RouterStats(config)
-        self.rope = Rope(config, placement.device)
-        self.card = placement.card
-        weights = Weights(checkpoint, placement.device, placement.dtype, exact=placement.exact, card=self.card)
+        self.rope = Rope(config, residence.device)
+        self.card = residence.card
+        self.cache: ExpertCache | None = None
+        weights = Weights(checkpoint, residence.device, residence.dtype, exact=residence.exact, card=self.card)
         # Rows of the table are gathered on the host, but for a head that is the same matrix.
-        table = checkpoint.tensor("embed_tokens.weight").to(placement.dtype)
-        self.embed_tokens = table.to(placement.device) if config.tie_word_embeddings else table
+        table = checkpoint.tensor("embed_tokens.weight").to(residence.dtype)
+        self.embed_tokens = table.to(residence.device) if config.tie_word_embeddings else table
         self.norm = weights.tensor("norm.weight")
         self.lm_head = Linear(self.embed_tokens) if config.tie_word_embeddings else weights.linear("lm_head")
         self.steps = 0
         self.blocks: list[Block] = []
         for layer in range(config.num_hidden_layers):
-            self.blocks.append(load_block(weights, placement, layer, self.stats))
+            self.blocks.append(load_block(weights, residence, layer, self.stats))
             on_layer_loaded(layer + 1)
         tied = self.embed_tokens.nbytes if config.tie_word_embeddings else 0
-        self.resident_bytes = weights.matrix_bytes + tied if placement.device.type == "cpu" else 0
+        self.resident_bytes = weights.matrix_bytes + tied if residence.device.type == "cpu" else 0
+
+    def keep_hot(self, cache: ExpertCache) -> None:
+        """From now on the card multiplies what `cache` holds: copies of some experts that the host has in RAM."""
+        from hybrid.model.gpu.slots import CardSlots  # needs Triton, as nothing without a card does
+
+        assert self.card is not None
+        slots, crossing = CardSlots(self.card, cache), Crossing(self.config, self.card.device, self.norm.dtype, cache)
+        for layer, block in enumerate(self.blocks):
+            if isinstance(block.ffn, MoE) and (on_card := slots.add(layer, block.ffn.experts)) is not None:
+                self.blocks[layer] = replace(block, ffn=replace(block.ffn, hot=Hot(cache, on_card, crossing)))
+        self.cache, self.stats.cache = cache, cache.counters
 
     @property
     def host_bytes(self) -> int:
@@ -113,6 +126,8 @@ class Transformer:
     def forward(self, batch: Batch, kv: KVCache) -> Tensor:
         """Hidden states [tokens, hidden] after the last block; extends `kv` by the batch's tokens."""
         self.steps += 1
+        if self.cache is not None:
+            self.cache.step()
         cos, sin = self.rope.table(batch.positions())
         if self.card is not None:
             batch = replace(batch, seen=see(batch, self.config, self.card.device))

@@ -10,6 +10,8 @@ import pytest
 
 from cli import main as program
 from cli.plan import parse_bandwidth
+from hybrid import Kimi, SamplingParams
+from hybrid.chat.message import Message
 from hybrid.errors import UsageError
 
 BOX = ("--vram", "24GiB", "--ram", "256GiB", "--ram-bw", "75GB/s", "--disk-bw", "7GB/s", "--cores", "16")
@@ -107,6 +109,23 @@ def test_a_run_is_shown_beside_its_plan(capsys: pytest.CaptureFixture[str], tmp_
     assert set(found) == {"rss", "decode_tok_s", "load_s"} and found["decode_tok_s"]["achieved"] == 9.5
     record.write_text("[1]")
     assert "is no record of a run" in run(capsys, "k2.5", *BOX, "--compare", record, code=2)[1]
+
+
+def test_the_last_run_is_shown_beside_its_plan(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert f"No run of {tiny} is on record" in run(capsys, tiny, *BOX, "--ctx", "64", "--compare", "last", code=2)[1]
+    with Kimi.load(tiny, ctx=128, keep_stats=True) as kimi:
+        for _ in kimi.reply([Message("user", "Hello, hello, hello.")], SamplingParams(max_tokens=20)):
+            pass
+        record = kimi.run_record()
+    rows = json.loads(run(capsys, tiny, *BOX, "--ctx", "64", "--compare", "last", "--json")[0])["compared"]
+    assert {name: row["achieved"] for name, row in rows.items() if name != "rss"} == {
+        name: value for name, value in record.items() if name != "rss"
+    }
+    assert {"rss", "load_s", "prefill_tok_s", "decode_tok_s", "ram_gbps"} == rows.keys()
+    assert rows["rss"]["achieved"] == pytest.approx(record["rss"], rel=0.1)
 
 
 @pytest.mark.parametrize(

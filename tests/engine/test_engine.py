@@ -1,14 +1,16 @@
 """Prefill = decode, cached = uncached, cancelled = nothing happened."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hybrid import Kimi, SamplingParams
-from hybrid.engine.engine import Engine, common_prefix
+from hybrid.engine.engine import Engine
 from hybrid.engine.request import Request
-from hybrid.errors import ContextExceeded
+from hybrid.errors import ContextExceeded, UsageError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 PROMPT = list(range(3, 90))
@@ -54,7 +56,7 @@ def test_decoding_continues_as_prefilling_would(engine: Engine) -> None:
 
 
 def test_a_cached_prefix_changes_nothing(engine: Engine) -> None:
-    engine._keep(0)
+    engine.forget()
     fresh, first = run(engine, PROMPT)
     assert first.cached_tokens == 0
     again, second = run(engine, PROMPT)
@@ -62,7 +64,7 @@ def test_a_cached_prefix_changes_nothing(engine: Engine) -> None:
     forked = [*PROMPT[:40], 5, 6, 7]
     cached, third = run(engine, forked)
     assert third.cached_tokens == 40
-    engine._keep(0)
+    engine.forget()
     assert run(engine, forked)[0] == cached
 
 
@@ -73,9 +75,9 @@ def test_a_longer_conversation_computes_only_what_is_new(engine: Engine) -> None
 
 
 def test_cancelling_in_prefill_leaves_a_usable_cache(engine: Engine) -> None:
-    engine._keep(0)
+    engine.forget()
     expected, _ = run(engine, PROMPT)
-    engine._keep(0)
+    engine.forget()
     engine.prefill_chunk = 32
 
     def cancel(done: int, total: int) -> None:
@@ -132,10 +134,69 @@ def test_a_prompt_that_does_not_fit_is_refused_before_any_work(engine: Engine) -
 def test_pages_are_conserved(engine: Engine) -> None:
     for length in (1, 64, 65, 200, 3):
         run(engine, PROMPT[:1] * length)
-        assert sorted(engine.kv.free + engine.page_table) == list(range(engine.kv.num_pages))
+        assert sorted(engine.kv.free + engine.cache.pages) == list(range(engine.kv.num_pages))
 
 
-def test_common_prefix() -> None:
-    assert common_prefix([], [1]) == 0
-    assert common_prefix([1, 2], [1, 2, 3]) == 2
-    assert common_prefix([1, 2, 3], [1, 5, 3]) == 1
+def test_ids_that_the_model_does_not_have_are_refused(engine: Engine) -> None:
+    vocab = engine.model.config.vocab_size
+    for prompt, params in (([vocab], GREEDY), ([3], SamplingParams(logit_bias=((vocab, 1.0),)))):
+        with pytest.raises(UsageError, match="token"):
+            engine.stream(Request(prompt, params))
+
+
+def test_two_conversations_keep_their_rows(engine: Engine) -> None:
+    engine.forget()
+    first, second = [3, *PROMPT], [4, *PROMPT[:40]]
+    for prompt in (first, second):
+        run(engine, prompt)
+    for prompt in (first, second):
+        assert run(engine, prompt)[1].cached_tokens == len(prompt) - 1
+
+
+def test_a_stream_that_is_left_alone_keeps_nothing_from_others(engine: Engine) -> None:
+    """It pauses while another one is asked, and goes on as if nothing had been."""
+    expected, _ = run(engine, PROMPT)
+    paused = engine.stream(Request(PROMPT, GREEDY))
+    answer = [next(paused), next(paused)]
+    long = SamplingParams(temperature=0, max_tokens=10_000)
+    assert run(engine, [9] * 250, long)[1].finish_reason == "context"
+    assert sorted(engine.kv.free + engine.cache.pages) == list(range(engine.kv.num_pages))
+    assert answer + list(paused) == expected
+
+
+def test_scores_are_told_of_the_model_itself(engine: Engine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=4, logprobs=3, logit_bias=((7, 1000.0),))
+    answer, request = run(engine, PROMPT, params)
+    expected = engine.logits(PROMPT + answer).log_softmax(-1)[len(PROMPT) - 1 : -1]
+    assert answer == [7] * 4 and [each.token for each in request.logprobs] == answer
+    for told, scores in zip(request.logprobs, expected, strict=True):
+        values, ids = scores.topk(3)
+        assert told.logprob == pytest.approx(float(scores[7]), abs=1e-4)
+        assert [token for token, _ in told.top] == ids.tolist()
+        assert [value for _, value in told.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_a_mask_says_what_may_come_next(engine: Engine) -> None:
+    """It is asked before each token, with the answer so far."""
+    allowed = [{8, 9}, {11}, None]
+
+    def mask(made: Sequence[int]) -> torch.Tensor | None:
+        ids = allowed[len(made)]
+        return None if ids is None else torch.isin(torch.arange(engine.model.config.vocab_size), torch.tensor([*ids]))
+
+    request = Request(PROMPT, replace(GREEDY, max_tokens=3), mask=mask)
+    answer = list(engine.stream(request))
+    assert answer[0] in {8, 9} and answer[1] == 11 and len(answer) == 3
+
+
+def test_what_is_told_of_each_token_may_end_the_answer(engine: Engine) -> None:
+    expected, _ = run(engine, PROMPT)
+    seen: list[int] = []
+
+    def note(token: int) -> None:
+        seen.append(token)
+        if len(seen) == 3:
+            request.finish_reason = "stop"
+
+    request = Request(PROMPT, GREEDY, on_token=note)
+    assert list(engine.stream(request)) == seen == expected[:3]

@@ -86,8 +86,72 @@ def test_numbers_that_are_none_are_refused(bad: float) -> None:
             Sampler(SamplingParams(temperature=temperature)).sample(logits)
 
 
+def penalized(params: SamplingParams, prompt: list[int], answer: list[int], logits: torch.Tensor) -> torch.Tensor:
+    """The definitions, an id at a time."""
+    expected = logits.clone()
+    for token in range(len(logits)):
+        times = answer.count(token)
+        if token in prompt + answer:
+            factor = params.repetition_penalty
+            expected[token] = expected[token] / factor if expected[token] > 0 else expected[token] * factor
+        expected[token] -= times * params.frequency_penalty + (times > 0) * params.presence_penalty
+        expected[token] += sum(bias for biased, bias in params.logit_bias if biased == token)
+    return expected
+
+
+IDS = st.lists(st.integers(0, 9), max_size=12)
+
+
+@given(
+    IDS,
+    IDS,
+    st.floats(-2, 2),
+    st.floats(-2, 2),
+    st.floats(0.5, 2),
+    st.dictionaries(st.integers(0, 9), st.floats(-9, 9)),
+)
+def test_penalties_are_as_defined(
+    prompt: list[int], answer: list[int], presence: float, frequency: float, repetition: float, bias: dict[int, float]
+) -> None:
+    params = SamplingParams(
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        repetition_penalty=repetition,
+        logit_bias=tuple(bias.items()),
+    )
+    logits = torch.linspace(-3, 3, 10)
+    sampler = Sampler(params, prompt)
+    for token in answer:
+        sampler.note(token)
+    assert torch.allclose(sampler._adjusted(logits), penalized(params, prompt, answer, logits), atol=1e-5)
+    assert torch.equal(logits, torch.linspace(-3, 3, 10)), "what was given is left as it is"
+
+
+def test_only_what_is_allowed_is_drawn() -> None:
+    allowed = torch.tensor([False, True, False, True, False])
+    sampler = Sampler(SamplingParams(temperature=1, top_p=1, seed=0))
+    assert {sampler.sample(LOGITS, allowed) for _ in range(200)} == {1, 3}
+    assert Sampler(SamplingParams(temperature=0)).sample(LOGITS, allowed) == 1
+    with pytest.raises(KimiError, match="allowed"):
+        sampler.sample(LOGITS, torch.zeros(5, dtype=torch.bool))
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": 2}, {"max_tokens": 0}]
+    "wrong",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"min_p": 2},
+        {"max_tokens": 0},
+        {"stop": ("",)},
+        {"presence_penalty": 3},
+        {"frequency_penalty": -3},
+        {"repetition_penalty": 0},
+        {"logit_bias": ((3, math.inf),)},
+        {"logprobs": -1},
+    ],
 )
 def test_impossible_parameters_are_refused_by_name(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):

@@ -1,5 +1,6 @@
 """Many at once = one after the other, whatever the batch, the chunk and the room; and every page comes back."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -50,13 +51,16 @@ def one_by_one(kimi: Kimi) -> list[list[int]]:
 
 
 def all_free(engine: Engine) -> bool:
-    return sorted(engine.kv.free) == list(range(engine.kv.num_pages)) and not engine.page_table
+    """Whether every page is free or held by the prefix cache alone."""
+    pages = engine.cache.pages
+    alone = all(engine.kv.holders[page] == 1 for page in pages)
+    return alone and sorted(engine.kv.free + pages) == list(range(engine.kv.num_pages))
 
 
 @pytest.fixture
 def small(kimi: Kimi, engine: Engine) -> Iterator[None]:
     """Leave only as many pages as the longest sequence takes."""
-    engine._keep(0)
+    engine.forget()
     taken: list[int] = []
     engine.kv.extend(taken, (engine.kv.num_pages - 3) * PAGE_SIZE)
     yield
@@ -85,7 +89,7 @@ def test_what_does_not_fit_beside_the_others_waits(
     engine.prefill_chunk = 64
     found = finish(kimi, 8)
     assert [found[index][0] for index in range(COUNT)] == one_by_one
-    assert len(engine.kv.free) == 3
+    assert len(engine.kv.free + engine.cache.pages) == 3
 
 
 def test_answers_come_as_they_end(kimi: Kimi) -> None:
@@ -143,11 +147,12 @@ def test_an_error_gives_the_pages_back(kimi: Kimi, engine: Engine, monkeypatch: 
 # -- step by step -----------------------------------------------------------------------------------------------------
 @pytest.fixture
 def start(engine: Engine) -> Callable[..., Scheduler]:
-    engine._keep(0)
+    engine.forget()
 
     def make(**settings: int) -> Scheduler:
+        engine.forget()
         chosen = {"ctx": engine.ctx, "batch": 8, "prefill_chunk": 64} | settings
-        return Scheduler(engine.model, engine.kv, **chosen)
+        return Scheduler(engine.model, engine.cache, **chosen)
 
     return make
 
@@ -199,7 +204,12 @@ def test_one_of_many_is_cancelled(engine: Engine, start: Callable[..., Scheduler
 def test_cancelling_all_abandons_the_step_between_layers(engine: Engine, start: Callable[..., Scheduler]) -> None:
     scheduler = start(prefill_chunk=8)
     requests = [Request(ids, GREEDY) for ids in PROMPTS[2:5]]
-    requests[0].on_prefill = lambda done, total: [setattr(each, "cancelled", True) for each in requests]  # type: ignore
+
+    def cancel(done: int, total: int) -> None:
+        for each in requests:
+            each.cancelled = done == 8
+
+    requests[0].on_prefill = cancel
     first, *_ = [scheduler.add(request) for request in requests]
     assert scheduler.step() == [] and first.done == 8
     assert len(scheduler.step()) == 3 and first.done == 8
@@ -242,8 +252,8 @@ def test_pages_are_conserved(
     engine: Engine, lengths: list[tuple[int, int]], batch: int, chunk: int, data: st.DataObject
 ) -> None:
     """Whoever comes and whoever leaves: no page is lost or lent twice, and each holds enough."""
-    engine._keep(0)
-    scheduler = Scheduler(engine.model, engine.kv, ctx=engine.ctx, batch=batch, prefill_chunk=chunk)
+    engine.forget()
+    scheduler = Scheduler(engine.model, engine.cache, ctx=engine.ctx, batch=batch, prefill_chunk=chunk)
     for length, most in lengths:
         scheduler.add(Request([3] * length, SamplingParams(temperature=0, max_tokens=most)))
     try:
@@ -252,9 +262,12 @@ def test_pages_are_conserved(
             if victim < len(scheduler.running):
                 scheduler.running[victim].request.cancelled = True
             scheduler.step()
-            lent = [page for each in scheduler.running for page in each.pages]
-            assert sorted(engine.kv.free + lent) == list(range(engine.kv.num_pages))
-            assert all(each.done <= each.longest <= len(each.pages) * PAGE_SIZE for each in scheduler.running)
+            held = Counter(page for each in scheduler.running for page in each.pages) + Counter(engine.cache.pages)
+            assert held == Counter({page: count for page, count in enumerate(engine.kv.holders) if count})
+            assert sorted([*engine.kv.free, *held]) == list(range(engine.kv.num_pages))
+            assert all(
+                each.done <= each.longest and each.done <= len(each.pages) * PAGE_SIZE for each in scheduler.running
+            )
             assert len(scheduler.running) <= batch
     finally:
         scheduler.close()  # hypothesis may leave in the middle

@@ -25,7 +25,7 @@ from hybrid.memory.expert_store import PackedExperts, load_experts
 from hybrid.memory.kv_cache import KVCache
 from hybrid.memory.slots import slot_bytes
 from hybrid.memory.tiers import NvmeTier, combine, hottest
-from hybrid.model.transformer import Placement, Transformer
+from hybrid.model.transformer import Residence, Transformer
 from hybrid.progress import Progress
 
 EXPERTS, K, LAYERS = 12, 4, (1, 2)
@@ -246,7 +246,7 @@ def test_an_error_under_way_ends_the_answer(packs: dict[str, Path]) -> None:
     """The engine raises, keeps nothing of the broken step, and answers as before once the drive does."""
     drive, params = Drive(), SamplingParams(temperature=0.0, max_tokens=30)
     with open_pack(packs["mixed"]) as pack, closing(tier_of(pack, K, drive.preadv)) as tier:
-        model = Transformer(pack, Placement(torch.device("cpu"), torch.bfloat16, False, 1, tier=tier))
+        model = Transformer(pack, Residence(torch.device("cpu"), torch.bfloat16, False, 1, tier=tier))
         engine = Engine(model, KVCache(pack.config, 128, dtype=torch.bfloat16, device=torch.device("cpu")), 64, 128)
         expected, ids = list(engine.stream(Request(IDS, params))), engine.stream(Request(IDS, params))
         assert next(ids) == expected[0]
@@ -268,7 +268,7 @@ def test_what_does_not_fit_goes_to_the_drive_by_itself(packs: dict[str, Path], m
         parts, cache = pack.load_bytes(), 128 * pack.config.kv_bytes_per_token()
         size = slot_bytes(pack)
     rest = sum(parts.values()) - parts["routed_experts"] + cache
-    monkeypatch.setattr("hybrid.kimi.available_ram", lambda: rest + 10 * size)
+    monkeypatch.setattr("hybrid.model.reside.available_ram", lambda: rest + 10 * size)
     with load(packs["mixed"], on_progress=seen.append) as kimi:
         assert K <= kimi.expert_report()["tier"]["slots"] < 10
         assert len(list(kimi.generate(IDS, SamplingParams(max_tokens=3)))) == 3
@@ -276,7 +276,7 @@ def test_what_does_not_fit_goes_to_the_drive_by_itself(packs: dict[str, Path], m
     assert loaded[-1].unit == "B" and loaded[-1].done == loaded[-1].total == rest - cache
     filled = [each for each in seen if each.stage == "tier"]
     assert filled[-1].done == filled[-1].total > 0 and filled[-1].unit == "B"
-    monkeypatch.setattr("hybrid.kimi.available_ram", lambda: rest - 1)
+    monkeypatch.setattr("hybrid.model.reside.available_ram", lambda: rest - 1)
     with pytest.raises(DoesNotFit, match="are free"):
         load(packs["mixed"])
     with pytest.raises(DoesNotFit, match="are free"):

@@ -1,6 +1,7 @@
 """The whole text model at its real size on a card that does not exist: what a prefill chunk and a decode step take."""
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -11,14 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hybrid.checkpoint.expected import expected_tensors
 from hybrid.config import ModelConfig
+from hybrid.memory.expert_cache import CopiesAtOnce, ExpertCache
+from hybrid.memory.expert_store import PackedExperts
 from hybrid.memory.kv_cache import KVCache
 from hybrid.model import transformer
 from hybrid.model.batch import Batch, Segment
 from hybrid.model.gpu import Card
 from hybrid.model.gpu.matrix import CardMatrix
 from hybrid.model.layers import CardLinear, Linear, Weights
-from hybrid.model.transformer import Placement, Transformer
-from quant import int4_g32, int8_g32
+from hybrid.model.transformer import Residence, Transformer
+from quant import int4_g32, int8_g32, trellis, trellis_moe
 from tests.model.gpu.fake_cuda import CUDA, Answers, Memory
 
 
@@ -27,13 +30,14 @@ class Taken(NamedTuple):
 
     weights: int
     kv: int
+    slots: int
     prefill_peak: int
     decode_peak: int
     kernels: dict[str, int]  # how often each of ours was started in the decode step
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv + max(self.prefill_peak, self.decode_peak)
+        return self.weights + self.kv + self.slots + max(self.prefill_peak, self.decode_peak)
 
 
 class HollowCheckpoint:
@@ -57,10 +61,15 @@ class HollowCheckpoint:
         return self.tensor(f"{prefix}.weight")
 
 
-class HostExperts:
-    """Routed experts in the host's memory: rows go there and come back."""
+class HostExperts(PackedExperts):
+    """Routed experts in the host's memory, all in one format: rows go there and come back."""
 
-    expert_bytes = np.zeros(1, np.int64)
+    def __init__(self, config: ModelConfig, format: str = "trellis2") -> None:
+        hidden, inner, count = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+        size = trellis.matrix_bytes(format, 2 * inner, hidden) + trellis.matrix_bytes(format, hidden, inner)
+        signs = (np.ones(hidden, np.int8), np.ones(inner, np.int8))
+        held = trellis_moe.experts(np.zeros(0, np.uint8), np.arange(count) * size, [(format, format)] * count, signs)
+        super().__init__(partial(trellis_moe.moe, held), np.full(count, size))
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         return torch.empty(x.shape, dtype=torch.float32).to(x.device)
@@ -82,28 +91,34 @@ def packed_weights(bits: int) -> type[Weights]:
     return PackedWeights
 
 
-def measure(config: ModelConfig, *, resident: str = "bf16", ctx: int = 32768, chunk: int = 8192) -> Taken:
+def measure(
+    config: ModelConfig, *, resident: str = "bf16", ctx: int = 32768, chunk: int = 8192, slots: int = 0
+) -> Taken:
     """Load, prefill `chunk` tokens (0: none) from the first on, then decode the last of `ctx`.
 
-    `resident` is bf16, int8 or int4.
+    `resident` is bf16, int8 or int4; with `slots` for experts, every layer has some on the card and some on the host.
     """
     started: list[str] = []
+    host = HostExperts(config)
 
     def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
         started.append(kernel.fn.__name__)
 
     memory = Memory()
     with ExitStack() as stack:
-        for mode in (FakeTensorMode(), memory, Answers()):
+        for mode in (FakeTensorMode(allow_non_fake_inputs=True), memory, Answers()):
             stack.enter_context(mode)
-        stack.enter_context(patch.object(transformer, "load_experts", lambda *args, **kwargs: HostExperts()))
+        stack.enter_context(patch.object(transformer, "load_experts", lambda *args, **kwargs: host))
         stack.enter_context(patch.object(transformer.RouterStats, "record", lambda *args: None))
         if resident != "bf16":
             stack.enter_context(patch.object(transformer, "Weights", packed_weights(int(resident[3:]))))
-        placement = Placement(CUDA, torch.bfloat16, False, 1, card=Card(CUDA, launch))
-        model = Transformer(HollowCheckpoint(config), placement)  # type: ignore[arg-type]
+        residence = Residence(CUDA, torch.bfloat16, False, 1, card=Card(CUDA, launch))
+        model = Transformer(HollowCheckpoint(config), residence)  # type: ignore[arg-type]
         weights = memory.live
         kv = KVCache(config, ctx, dtype=torch.bfloat16, device=CUDA)
+        with_kv = memory.live
+        if slots:
+            model.keep_hot(ExpertCache(config, slots, int(host.expert_bytes.max()), CUDA, CopiesAtOnce()))
         settled, pages = memory.live, tuple(range(-(-ctx // 64)))
         peaks = []
         for past, tokens in ((0, chunk), (ctx - 1, 1)) if chunk else ((ctx - 1, 1),):
@@ -115,6 +130,5 @@ def measure(config: ModelConfig, *, resident: str = "bf16", ctx: int = 32768, ch
             del logits
             peaks.append(memory.peak - settled)
     prefill, decode = (peaks[0] if chunk else 0), peaks[-1]
-    return Taken(
-        weights, settled - weights, prefill, decode, {name: started.count(name) for name in sorted(set(started))}
-    )
+    kernels = {name: started.count(name) for name in sorted(set(started))}
+    return Taken(weights, with_kv - weights, settled - with_kv, prefill, decode, kernels)

@@ -38,6 +38,17 @@ def test_unquantized_residents() -> None:
     assert taken.kernels == dict.fromkeys(("attend_pages", "merge_parts"), CONFIG.num_hidden_layers)
 
 
+def test_experts_in_slots() -> None:
+    """The card multiplies some while the host multiplies the others."""
+    slots = 1000
+    taken = measure(CONFIG, resident="int8", ctx=32768, chunk=0, slots=slots)
+    planned = slots * parts.uniform(CONFIG, "trellis2").largest(CONFIG)
+    assert planned * 0.999 < taken.slots < planned + (16 << 20), "and tables"
+    assert taken.decode_peak < 64 << 20
+    assert taken.kernels["multiply_trellis"] == 2 * CONFIG.num_moe_layers
+    assert taken.kernels["encode_rows"] > CONFIG.num_moe_layers
+
+
 def test_memory_counts_storages_once_and_forgets_them() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -15,7 +15,7 @@ from hybrid.model.gpu import Card
 from hybrid.model.gpu.experts import int4_experts, trellis_experts
 from hybrid.model.layers import CardLinear
 from hybrid.model.moe import MoE
-from hybrid.model.transformer import Placement, Transformer
+from hybrid.model.transformer import Residence, Transformer
 
 STEPS = (  # rows of a batch by sequence: (past, tokens)
     ((0, 17),),  # more than the decode kernel takes
@@ -32,7 +32,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(path: Path, card: Card | None) -> Transformer:
     device = torch.device("cpu") if card is None else card.device
     with open_checkpoint(path) as checkpoint:
-        return Transformer(checkpoint, Placement(device, torch.bfloat16, False, 1, card=card))
+        return Transformer(checkpoint, Residence(device, torch.bfloat16, False, 1, card=card))
 
 
 def logits(model: Transformer, device: torch.device) -> torch.Tensor:
