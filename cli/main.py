@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from cli.batch import batch
 from cli.bench import bench_app
 from cli.calibrate import calibrate
 from cli.chat import chat
@@ -21,6 +22,7 @@ from cli.output import tolerate_narrow_encodings
 from cli.plan import plan
 from cli.pull import pull
 from cli.quantize import quantize
+from cli.serve import serve
 from cli.stats import stats
 from hybrid.errors import KimiError
 
@@ -96,6 +98,7 @@ def root(
     kimi-local chat                             talk to the demo model
     kimi-local chat /models/Kimi-K2.5           talk to a checkpoint
     kimi-local chat -p "Why is the sky blue?"   one answer, then exit
+    kimi-local serve                            the APIs of OpenAI and Anthropic
     kimi-local doctor                           check this machine
     """
     if context.invoked_subcommand is None:
@@ -103,6 +106,7 @@ def root(
 
 
 app.command(epilog=ENVIRONMENT)(chat)
+app.command(epilog=ENVIRONMENT)(serve)
 app.command()(doctor)
 app.command()(plan)
 app.command()(pull)
@@ -111,6 +115,7 @@ app.command()(compare)
 app.command()(calibrate)
 app.command()(stats)
 app.command("eval")(evaluate)
+app.command()(batch)
 app.add_typer(bench_app, name="bench")
 
 

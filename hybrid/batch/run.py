@@ -1,0 +1,51 @@
+"""A job from prompts to lines on the disk."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count, takewhile
+from typing import Any, NamedTuple
+
+from hybrid.batch.jobs import Answer, Job, Prompts
+from hybrid.batch.records import answer_record
+from hybrid.batch.state import Output
+from hybrid.engine.sampler import SamplingParams
+from hybrid.kimi import Kimi
+
+
+class Answered(NamedTuple):
+    """A line that is done, with the tokens of its prompt and its answer.
+
+    It is on the disk, unless the output is ordered and a line before it is missing.
+    """
+
+    custom_id: str
+    prompt_tokens: int
+    new_tokens: int
+
+
+def params_of(kimi: Kimi, job: Job) -> SamplingParams:
+    """The model's own settings for the mode, changed by what the job asks for."""
+    given = {name: value for name, value in job.sampling.items() if value is not None}
+    return replace(kimi.default_params(job.thinking), **given | {"max_tokens": job.longest})
+
+
+def answers(kimi: Kimi, jobs: Sequence[Job], batch: int) -> Iterator[Answer]:
+    """Every job's answer as it ends, up to `batch` made at once."""
+    prompts, params = [job.prompt for job in jobs], [params_of(kimi, job) for job in jobs]
+    ended = kimi.finish_many(prompts, params, batch=batch)
+    return (Answer(index, ids, request.finish_reason, request.cached_tokens) for index, ids, request in ended)
+
+
+def write_answers(
+    ended: Iterable[Answer], jobs: Sequence[Job], output: Output, prompts: Prompts, *, ordered: bool = False
+) -> Iterator[Answered]:
+    """Put every answer on the disk as it comes, or, if `ordered`, as soon as all before it in `jobs` are there."""
+    held: dict[int, dict[str, Any]] = {}
+    written = 0
+    for answer in ended:
+        job = jobs[answer.index]
+        held[answer.index] = answer_record(job, answer, prompts)
+        ready = list(takewhile(held.__contains__, count(written))) if ordered else [answer.index]
+        output.answer([held.pop(each) for each in ready])
+        written += len(ready)
+        yield Answered(job.custom_id, len(job.prompt), len(answer.ids))
