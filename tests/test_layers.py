@@ -31,6 +31,10 @@ ALLOWED = {
     | {"hybrid.memory", "hybrid.model"},
     "hybrid.pocket": FLOOR,
     "hybrid.names": FLOOR | {"hybrid.demo", "hybrid.pocket"},
+    "hybrid.batch": FLOOR
+    | {"hybrid.chat", "hybrid.checkpoint", "hybrid.memory", "hybrid.engine.sampler", "hybrid.kimi"},
+    "hybrid.serve": FLOOR
+    | {"hybrid.chat", "hybrid.engine.request", "hybrid.engine.sampler", "hybrid.kimi", "hybrid.reply"},
     "hybrid.evaluation": FLOOR | {"hybrid.chat", "hybrid.engine.sampler", "hybrid.kimi"},
     "hybrid": {"hybrid.kimi", "hybrid.engine.sampler"},
     "cli": {"hybrid", "quant"},
