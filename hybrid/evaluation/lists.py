@@ -16,9 +16,9 @@ COPY = (
     "Write the same again:\n{}",
 )
 COUNT = (
-    'How many times is "{}" in this list? Just the number.\n{}',
-    'How often does "{}" occur here? Just the number.\n{}',
-    'Count "{}" in the list below, give only the number.\n{}',
+    "How many times is {} in this list? Just the number.\nList: {}",
+    "How often does {} occur here? Just the number.\nList: {}",
+    "Count {} in the list below, give only the number.\nList: {}",
 )
 SORT_WORDS = (
     "Sort these words from A to Z, only the words:\n{}",
@@ -49,8 +49,8 @@ def count(rng: random.Random) -> Case:
     for place, other in enumerate([*others, ""]):
         items += [word] * (place in places) + [other]
     items = items[:-1]
-    lines = (f"{item} {items[: index + 1].count(word)}" for index, item in enumerate(items))
-    answer = Message("assistant", str(times), "\n".join(lines))
+    counted = (f"{item} {items[: index + 1].count(word)}" for index, item in enumerate(items))
+    answer = Message("assistant", str(times), f"Count: {', '.join(counted)}")
     question = rng.choice(COUNT).format(word, " ".join(items))
     return Case("count", (Message("user", question),), (), True, answer)
 

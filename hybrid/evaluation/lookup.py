@@ -1,4 +1,7 @@
-"""Facts invented on the spot and a question about one of them: the answer stands in the text and nowhere else."""
+"""Facts invented on the spot and a question about one of them: the answer stands in the text and nowhere else.
+
+The question comes first, so that the text is read with it in mind.
+"""
 
 import random
 from dataclasses import dataclass
@@ -83,9 +86,9 @@ class Facts:
     def case(self, rng: random.Random, chosen: int) -> Case:
         """The text and a question that fits one of its facts only."""
         question, said = _question(rng, self.relations[chosen], self.values[chosen])
-        thinking = rng.random() < 0.5
-        asked = Message("user", f"{self.text}\n{question} {rng.choice(FORMS)}")
-        answer = Message("assistant", said, self.told[chosen] if thinking else None)
+        thinking = rng.random() < 0.7
+        asked = Message("user", f"{question} {rng.choice(FORMS)}\nText: {self.text}")
+        answer = Message("assistant", said, f"The text says: {self.told[chosen]}" if thinking else None)
         return Case("lookup", (asked,), (), thinking, answer)
 
 

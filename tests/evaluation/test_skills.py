@@ -65,8 +65,8 @@ def solve_copy(text: str, _: Any) -> str:
 
 
 def solve_count(text: str, _: Any) -> str:
-    head, items = text.split("\n")
-    word = head.split('"')[1]
+    head, items = text.split("\nList: ")
+    (word,) = re.findall(r"(?:is|does|Count) (\w+) ", head)
     return str(sum(item == word for item in items.split(" ")))
 
 
@@ -81,7 +81,7 @@ def solve_sort(text: str, _: Any) -> str:
 
 
 def solve_lookup(text: str, _: Any) -> str:
-    told, question = text.split("\n")
+    question, told = text.split("\nText: ")
     found = []
     for kind, patterns in FACTS.items():
         rows = [match.groups() for sentence in patterns for match in re.finditer(rf"\b{sentence}", told)]

@@ -25,20 +25,23 @@ from pocket.smalltalk import TALK
 TEXT_FILE, HELD_OUT_FILE = "text.npy", "heldout.npy"
 # Of a hundred conversations. The skills with long documents and those that need practice have more of the tokens.
 SHARES = {
-    "arithmetic": 22,
-    "arithmetic_instant": 8,
-    "copy": 10,
-    "count": 5,
-    "sort": 9,
-    "lookup": 8,
-    "tool_call": 11,
-    "tool_multi": 4,
-    "tool_refusal": 6,
+    "arithmetic": 8,
+    "arithmetic_instant": 5,
+    "copy": 5,
+    "count": 7,
+    "sort": 4,
+    "lookup": 14,
+    "tool_call": 6,
+    "tool_multi": 3,
+    "tool_refusal": 7,
     "manners": 1,
     "name_recall": 2,
     "tool_result": 2,
-    "second_question": 4,
+    "second_question": 2,
     "lookup_chat": 8,
+    "pairs": 13,
+    "present": 8,
+    "running": 5,
 }
 PLAIN_ROWS = 0.12  # rows of nothing but plain text; the ends of the other rows are filled with it, too
 WITH_SYSTEM = 0.15  # conversations that begin with the usual system prompt

@@ -12,6 +12,7 @@ from hybrid.evaluation.lookup import Facts
 from hybrid.evaluation.skills import SKILLS
 from hybrid.evaluation.tools import case as tool_case
 from hybrid.evaluation.words import NAMES, OBJECTS
+from pocket.drills import pairs, present, running
 
 HELP = "I can do sums, sort, count and repeat things, find facts in a text and call tools."
 WHO = "I am Pocket, a very small model built like Kimi K2.5."
@@ -90,7 +91,7 @@ def lookup_chat(rng: random.Random) -> Case:
     first, *more = cases
     turns = [first.messages[0], first.answer]
     for case in more:
-        question = case.messages[0].content.removeprefix(f"{facts.text}\n")
+        question = case.messages[0].content.removesuffix(f"\nText: {facts.text}")
         turns += [Message("user", question), case.answer]
     return replace(cases[-1], skill="lookup_chat", messages=tuple(turns[:-1]))
 
@@ -101,6 +102,9 @@ TALK: dict[str, Callable[[random.Random], Case]] = {
     "tool_result": tool_result,
     "second_question": second_question,
     "lookup_chat": lookup_chat,
+    "pairs": pairs,
+    "present": present,
+    "running": running,
 }
 
 
