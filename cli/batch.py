@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,24 +17,18 @@ import typer
 from cli import options as common
 from cli.keys import leaving_on_interrupt
 from cli.opening import waiting
-from cli.options import Activations, machine, option, output, sampling
+from cli.options import Activations, Dtype, machine, option, output, sampling
 from cli.output import count, duration, plural, print_table, rate
 from cli.streaming import named_directory, progress_line
-from hybrid.errors import UsageError
+from hybrid.errors import INTERRUPTED, UsageError
 
 if TYPE_CHECKING:
     from hybrid.batch.jobs import Answer, Job, Prompts
     from hybrid.batch.lines import Lines
     from hybrid.batch.state import Output
 
-INTERRUPTED = 130
 SHOWN = 5  # bad lines that are named; all are in the file of errors
 EVERY = 30.0  # seconds between lines of progress where nothing can be redrawn
-
-
-class Dtype(StrEnum):
-    bfloat16 = "bfloat16"
-    float32 = "float32"
 
 
 _INPUT = "JSON lines: OpenAI's batch format, {messages} or {prompt}; - reads standard input."

@@ -6,14 +6,13 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Activations, Debug, Threads, machine, option, output, parse_tokens
+from cli.options import Activations, Debug, Dtype, Threads, machine, option, output, parse_tokens
 from cli.output import count, print_table, printable
 from cli.streaming import Window, open_model, progress_line, read_texts, require_one_vocabulary, windows_of
 from hybrid.errors import UsageError
@@ -29,11 +28,6 @@ if TYPE_CHECKING:
 CACHE = 32768  # tokens, of all answers made at once
 SHOWN = 200  # letters of what was asked and answered
 INSTANT = "* Asked without the reasoning that cases of this skill begin with: this model has none."
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 _AGAINST = "Also the KL divergence, on the text, from this model of the same vocabulary."

@@ -24,10 +24,9 @@ from cli.pull import pull
 from cli.quantize import quantize
 from cli.serve import serve
 from cli.stats import stats
-from hybrid.errors import KimiError
+from hybrid.errors import INTERRUPTED, KimiError
 
 CLOSED_PIPE = 141  # what the shell reports for a program that SIGPIPE ended
-INTERRUPTED = 130
 
 # typer carries its own copy of click from 0.29 on, and used the package before: the base of its usage errors is found
 # from the one class it has always exported.

@@ -22,13 +22,11 @@ from cli.options import ChatOptions
 from cli.output import count, is_drawable, make_console, stats_line
 from cli.turn import Turn, run_turn
 from cli.views import JsonLinesView, PipeView, SilentView, View, write_json
-from hybrid.errors import KimiError
+from hybrid.errors import INTERRUPTED, KimiError
 
 if TYPE_CHECKING:
     from cli.conversation import Conversation
     from hybrid import Kimi
-
-INTERRUPTED = 130
 
 
 def answer_once(options: ChatOptions, text: str, open_kimi: OpenKimi) -> int:

@@ -23,6 +23,13 @@ class Activations(StrEnum):
     float32 = "float32"
 
 
+class Dtype(StrEnum):
+    """Of the resident weights."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
 def parse_tokens(text: str) -> int:
     """'32k' = '32K' = 32768, '1.5k' = 1536, '32,768'. Raises UsageError."""
     number = _measure(text, _TOKENS)

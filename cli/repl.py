@@ -20,13 +20,11 @@ from cli.output import count, is_drawable, plural, printable, short_tokens, stat
 from cli.prompt import DoublePress, Prompt
 from cli.turn import Turn, run_turn
 from cli.views import PipeView, View
-from hybrid.errors import ContextExceeded, KimiError
+from hybrid.errors import INTERRUPTED, ContextExceeded, KimiError
 
 if TYPE_CHECKING:
     from hybrid import Kimi
     from hybrid.chat.session import Session
-
-INTERRUPTED = 130
 
 
 class Action(Protocol):

@@ -4,6 +4,8 @@ A bug is an `assert`; whatever a user can cause or cure is a `KimiError`. The co
 remedy on one line and exits with `exit_code` (see the table in README).
 """
 
+INTERRUPTED = 130  # the exit code after Ctrl-C
+
 
 class KimiError(Exception):
     """Something a person can act on: `message` names the cause, `remedy` the way out."""

@@ -26,9 +26,10 @@ from hybrid.engine.request import Mask, Request
 from hybrid.engine.sampler import SamplingParams
 from hybrid.engine.service import Service
 from hybrid.errors import KimiError, UsageError
-from hybrid.memory.achieved import recorded, run_file, save_run
+from hybrid.memory.achieved import recorded, run_file
 from hybrid.memory.bandwidth import ram_ceiling_gbps
 from hybrid.memory.kv_cache import KVCache
+from hybrid.memory.remembered import remember
 from hybrid.memory.router_stats import read_counts, save_counts, stats_file
 from hybrid.memory.tiers import NvmeTier
 from hybrid.model.reside import fit, keep_hot, load_bytes, open_tier, reside
@@ -177,8 +178,8 @@ class Kimi:
 
     @property
     def default_thinking(self) -> bool:
-        """Whether replies reason first unless told otherwise; a checkpoint's generation_config may say it cannot."""
-        return self.generation_config.get("thinking") is not False
+        """Whether replies reason first unless told otherwise."""
+        return self._checkpoint.reasons
 
     def default_params(self, thinking: bool) -> SamplingParams:
         """Sampling as the checkpoint's generation_config says, else as recommended for the mode."""
@@ -313,7 +314,7 @@ class Kimi:
         if self._stats_file is not None:
             save_counts(self._stats_file, self.config, self._engine.model.stats.counts)
             if self._replies:
-                save_run(run_file(self._checkpoint), self.run_record())
+                remember(run_file(self._checkpoint), self.run_record())
             self._stats_file = None
         for held in (self._tier, self._engine.model.cache):
             if held is not None:

@@ -100,10 +100,8 @@ def _message(given: Any, where: str) -> Message:
         kind = part.get("type", "text") if isinstance(part, dict) else None
         if kind != "text":
             raise Refused(f"{where} holds {kind or 'no text'}; only text is read.", "unsupported_content", where)
-    role = "system" if given.get("role") == "developer" else given.get("role")
-    reasoning = given.get("reasoning_content", given.get("reasoning"))
     try:
-        return Message.from_dict({**given, "role": role, "reasoning_content": reasoning})
+        return Message.from_dict(given)
     except KimiError as error:
         raise Refused(f"{where}: {error.message}", param=where) from error
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from hybrid.batch.jobs import Job, shared_tokens
 from hybrid.memory.known import Known, known
+from hybrid.memory.kv_cache import PAGE_SIZE, pages_for
 from hybrid.memory.place import NVME, Options
 from hybrid.memory.plan import choose, make_plan
 from hybrid.memory.rates import kernel_speeds, rates, this_machine
@@ -43,8 +44,8 @@ def sequences(directory: Path, jobs: Sequence[Job]) -> int:
 
 def room_for(jobs: Sequence[Job], batch: int) -> int:
     """Tokens of KV cache in which any `batch` of `jobs` have room."""
-    rooms = sorted((-(-(len(job.prompt) + job.longest) // 64) * 64 for job in jobs), reverse=True)
-    return sum(rooms[:batch])
+    pages = sorted((pages_for(len(job.prompt) + job.longest) for job in jobs), reverse=True)
+    return sum(pages[:batch]) * PAGE_SIZE
 
 
 @dataclass(frozen=True)

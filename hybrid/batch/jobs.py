@@ -1,7 +1,7 @@
 """Lines as a model gets them: ids of the prompt, settings, and how much room an answer may take."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from hybrid.chat.template import ChatTemplate
 from hybrid.chat.tokenizer import Tokenizer
 from hybrid.checkpoint import Checkpoint
 from hybrid.errors import KimiError
+from hybrid.memory.prefix_cache import common_prefix
 
 LONGEST = 32768  # tokens of an answer, if neither the line nor the command says
 
@@ -50,7 +51,7 @@ class Prompts:
         self.model = checkpoint.path.resolve().name
         self.template = ChatTemplate.from_directory(checkpoint.path)
         self._ids = checkpoint.config.vocab_size
-        self._reasons = checkpoint.generation_config.get("thinking") is not False
+        self._reasons = checkpoint.reasons
 
     def job(self, line: Line, defaults: Mapping[str, Any], thinking: bool | None) -> Job:
         """`line` with `defaults` where it says nothing. Raises Refused for what this model cannot take."""
@@ -108,8 +109,4 @@ def by_prefix(jobs: Iterable[Job]) -> list[Job]:
 def shared_tokens(jobs: Iterable[Job]) -> int:
     """Tokens of prompts that another prompt computes already; the last of each is computed in any case."""
     prompts = [job.prompt for job in by_prefix(jobs)]
-    return sum(_common(a, b[:-1]) for a, b in zip(prompts, prompts[1:], strict=False))
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return sum(common_prefix(a, b[:-1]) for a, b in zip(prompts, prompts[1:], strict=False))

@@ -72,12 +72,16 @@ class Message:
 
     @classmethod
     def from_dict(cls, message: Mapping[str, Any]) -> "Message":
-        """The inverse of `to_dict`; unknown keys are ignored. Raises KimiError if `message` has another shape."""
+        """The inverse of `to_dict`; unknown keys are ignored. Raises KimiError if `message` has another shape.
+
+        As programs spell it, too: role "developer" is the system's, `reasoning` stands for `reasoning_content`.
+        """
         try:
+            role, thoughts = _text(message, "role"), _optional_text(message, "reasoning_content")
             return cls(
-                role=_text(message, "role"),
+                role="system" if role == "developer" else role,
                 content=_content(message.get("content")),
-                reasoning_content=_optional_text(message, "reasoning_content"),
+                reasoning_content=_optional_text(message, "reasoning") if thoughts is None else thoughts,
                 tool_calls=tuple(_call_from_dict(call) for call in message.get("tool_calls") or ()),
                 tool_call_id=_optional_text(message, "tool_call_id"),
                 name=_optional_text(message, "name"),

@@ -77,6 +77,11 @@ class Checkpoint:
         self._tensors = locate(headers)
         self._maps: dict[Path, np.ndarray] = {}
 
+    @property
+    def reasons(self) -> bool:
+        """Whether replies reason first unless told otherwise; generation_config may say that this model cannot."""
+        return self.generation_config.get("thinking") is not False
+
     def __enter__(self) -> "Checkpoint":
         return self
 

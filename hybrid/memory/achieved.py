@@ -6,7 +6,6 @@ them. That of a model's last conversation is kept in the user's cache.
 """
 
 import json
-import logging
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +17,9 @@ from hybrid.checkpoint import Checkpoint
 from hybrid.checkpoint.calibration import fingerprint
 from hybrid.errors import UsageError
 from hybrid.memory.plan import MemoryPlan
-from hybrid.memory.remembered import remember
 from hybrid.stats import Stats
 
 ENOUGH = 16  # tokens in all, for a speed to be worth keeping
-
-log = logging.getLogger(__name__)
 
 
 class Compared(NamedTuple):
@@ -92,11 +88,3 @@ def recorded(replies: Collection[Stats], load_s: float, vram: int = 0) -> dict[s
     if prompts >= ENOUGH and seconds:
         record["prefill_tok_s"] = round(prompts / seconds, 3)
     return record
-
-
-def save_run(path: Path, record: dict[str, float]) -> None:
-    """Keep `record` instead of the one before; where it cannot be written, nothing is kept."""
-    try:
-        remember(path, record)
-    except OSError as error:
-        log.debug("%s: %s: the figures of this run are not kept", path, error)

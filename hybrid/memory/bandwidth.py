@@ -1,7 +1,6 @@
 """This machine's memory bandwidth, measured once and remembered."""
 
 import platform
-from contextlib import suppress
 
 import numba
 import platformdirs
@@ -18,8 +17,7 @@ def ram_ceiling_gbps(threads: int) -> float:
     known = recall(path)
     if key not in known:
         known[key] = _measure(threads)
-        with suppress(OSError):  # then it is measured again next time
-            remember(path, known)
+        remember(path, known)
     return known[key]
 
 

@@ -6,7 +6,6 @@ like them at the same instruction set, which the ranges of predictions allow for
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -170,5 +169,4 @@ def measure_kernels(
 def _remember(threads: int, found: dict[str, float]) -> None:
     """Keep `found`; where that is impossible it is measured again when asked again."""
     path = _cache_file()
-    with suppress(OSError):
-        remember(path, {**recall(path), _key(threads): found})
+    remember(path, {**recall(path), _key(threads): found})

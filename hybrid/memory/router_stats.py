@@ -111,10 +111,7 @@ def save_counts(path: Path, config: ModelConfig, counts: np.ndarray) -> None:
         return
     total = read_counts(path, config) + counts
     rows = {str(layer): total[layer].tolist() for layer in config.moe_layers}
-    try:
-        remember(path, {"counts": rows})
-    except OSError as error:
-        log.debug("%s: %s: the routing of this run is not kept", path, error)
+    remember(path, {"counts": rows})
 
 
 # -- what they say ----------------------------------------------------------------------------------------------------

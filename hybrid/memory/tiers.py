@@ -17,7 +17,7 @@ from hybrid.checkpoint.pack import Pack
 from hybrid.errors import CheckpointError, DoesNotFit
 from hybrid.memory.direct import READERS, DirectFile, Preadv
 from hybrid.memory.residents import Following, Residents
-from hybrid.memory.router_stats import TierCounters
+from hybrid.memory.router_stats import TierCounters, odds
 from hybrid.memory.slots import open_slots, slot_bytes
 
 FEW = 4  # tokens up to which one layer's experts foretell the next one's
@@ -63,8 +63,7 @@ class NvmeTier:
 
         Raises CheckpointError when one cannot be read.
         """
-        per_token = self._pack.config.num_experts_per_tok
-        self._residents.expect(np.minimum(1, per_token * counts / np.maximum(1, counts.sum(1, keepdims=True))))
+        self._residents.expect(odds(counts, self._pack.config.num_experts_per_tok))
         keys = hottest(counts, self._layers)[: self.slots.count]
         wanted, begun, done, total = set(keys), 0, 0, self._bytes_of(keys)
         while begun < len(keys) or self._reading:

@@ -117,11 +117,8 @@ def to_messages(messages: Iterable[Mapping[str, Any]]) -> list[Message]:
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         _refuse_media(message.get("content"), where)
-        turn = {**message, "role": "system" if message.get("role") == "developer" else message.get("role")}
-        if turn.get("reasoning_content") is None:
-            turn["reasoning_content"] = turn.get("reasoning")
         try:
-            found.append(Message.from_dict(turn))
+            found.append(Message.from_dict(message))
         except KimiError as error:
             raise Refusal(400, f"{where}: {error}", param=where) from error
     if not found:

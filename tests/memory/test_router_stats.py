@@ -84,7 +84,7 @@ def test_a_place_that_cannot_be_written_is_one_debug_line(
     config: ModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    with caplog.at_level(logging.DEBUG, logger="hybrid.memory.router_stats"):
+    with caplog.at_level(logging.DEBUG, logger="hybrid.memory"):
         save_counts(tmp_path / "file" / "counts.json", config, some_counts(config, 1))
     assert sum("is not kept" in record.message for record in caplog.records) == 1
     assert all(record.levelno == logging.DEBUG for record in caplog.records)
