@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from openai import OpenAI
 
 from hybrid.engine.request import Request
 from hybrid.errors import KimiError
@@ -101,6 +102,13 @@ def address(kimi: ScriptedKimi) -> Iterator[str]:
 @pytest.fixture
 def client(address: str) -> Iterator[httpx2.Client]:
     with httpx2.Client(base_url=address, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def openai(address: str) -> Iterator[OpenAI]:
+    """OpenAI's own client; one that is left to the garbage collector leaves its connections open."""
+    with OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 

@@ -10,8 +10,7 @@ from openai import OpenAI
 from hybrid.kimi import Kimi
 
 
-def test_models(address: str, tiny: Path) -> None:
-    openai = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+def test_models(openai: OpenAI, tiny: Path) -> None:
     (model,) = openai.models.list().data
     assert model.id == tiny.name and openai.models.retrieve(tiny.name).id == tiny.name
 

@@ -24,11 +24,6 @@ CALLS = (
 )
 
 
-@pytest.fixture
-def openai(address: str) -> OpenAI:
-    return OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-
-
 def ask(text: str, **more: Any) -> dict[str, Any]:
     return {"model": "any", "messages": [{"role": "user", "content": text}], "max_tokens": 8, **more}
 

@@ -48,9 +48,8 @@ def test_the_text_is_what_the_model_says(client: httpx2.Client, kimi: Kimi) -> N
     assert texts(post(client, ask("Once <|im_end|>", echo=True))) == ["Once <|im_end|>" + expected]
 
 
-def test_a_stream(client: httpx2.Client, address: str) -> None:
+def test_a_stream(client: httpx2.Client, openai: OpenAI) -> None:
     whole = post(client, ask("Once", echo=True))
-    openai = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
     usage = {"include_usage": True}
     chunks = list(openai.completions.create(**ask("Once", echo=True), stream=True, stream_options=usage))  # type: ignore[call-overload]
     Completion.model_validate_json(json.dumps(chunks[-2].to_dict()), strict=True)

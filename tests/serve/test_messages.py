@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -18,8 +19,9 @@ THINKING = {"type": "enabled", "budget_tokens": 1024}
 
 
 @pytest.fixture
-def anthropic(address: str) -> Anthropic:
-    return Anthropic(base_url=address, api_key="none", max_retries=0)
+def anthropic(address: str) -> Iterator[Anthropic]:
+    with Anthropic(base_url=address, api_key="none", max_retries=0) as client:
+        yield client
 
 
 def ask(text: str, **more: Any) -> dict[str, Any]:

@@ -19,11 +19,6 @@ CALL = (
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 
-@pytest.fixture
-def openai(address: str) -> OpenAI:
-    return OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-
-
 def ask(text: Any, **more: Any) -> dict[str, Any]:
     return {"model": "any", "input": text, "max_output_tokens": 200, **more}
 
