@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pocket.dataset import HELD_OUT_FILE, SHARES, TEXT_FILE, Dataset, draw_case
+from pocket.dataset import FIRST_SHARES, FIRST_STEPS, HELD_OUT_FILE, SHARES, TEXT_FILE, Dataset, draw_case
 from pocket.prepare import case_texts, held_out_text, write_text, write_vocabulary
 from pocket.smalltalk import TALK
 from pocket.sources import Source, clean, conversations
@@ -87,6 +87,15 @@ def test_rows_are_full_of_whole_documents(data: Dataset) -> None:
     assert torch.equal(begins.cumsum(1) - 1, batch.documents.long())
     assert torch.equal(batch.positions[:, 1:][~begins[:, 1:]], batch.positions[:, :-1][~begins[:, 1:]] + 1)
     assert not batch.weights[begins].any()
+
+
+def test_the_first_steps_practise_finding_words(data: Dataset) -> None:
+    def plain_rows(step: int) -> int:
+        batch = data.batch(step, 60, LENGTH)
+        return int((batch.documents == 0).all(1).sum())
+
+    assert FIRST_SHARES.keys() < SHARES.keys()
+    assert plain_rows(FIRST_STEPS - 1) == 0 < plain_rows(FIRST_STEPS)
 
 
 def test_only_answers_count(data: Dataset) -> None:

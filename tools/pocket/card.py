@@ -1,13 +1,13 @@
 """The model card: what a run, its data and its measured scores say, put into words. No figure is typed by hand."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from pocket.dataset import PLAIN_ROWS, SHARES
+from pocket.dataset import FIRST_SHARES, FIRST_STEPS, PLAIN_ROWS, SHARES
 from pocket.model import shapes
 from pocket.muon import APART
 from pocket.record import read_log
@@ -94,15 +94,19 @@ def _marks(log: list[dict[str, Any]], count: int = 10) -> list[dict[str, Any]]:
 
 
 def _data(data: Path) -> Iterator[str]:
-    total = sum(SHARES.values())
     yield "Conversations made on the spot, split by a hash of the prompt so that no test case was ever trained on:"
-    yield from wrap(", ".join(f"{name} {share / total:.0%}" for name, share in SHARES.items()) + ".", 120)
-    yield f"Only answers are learned. {PLAIN_ROWS:.0%} of the rows, and what is left over in others, are plain text:"
+    yield from wrap(f"{_spelled(SHARES)}. In the first {FIRST_STEPS:,} steps: {_spelled(FIRST_SHARES)}.", 120)
+    yield f"Only answers are learned. {PLAIN_ROWS:.0%} of later rows, and what is left over in others, are plain text:"
     yield ""
     yield "| package | version | licence |"
     yield "| --- | --- | --- |"
     for source in json.loads((data / SOURCES_FILE).read_text()):
         yield f"| {source['package']} | {source['version']} | {source['licence']} |"
+
+
+def _spelled(shares: Mapping[str, int]) -> str:
+    total = sum(shares.values())
+    return ", ".join(f"{name} {share / total:.0%}" for name, share in shares.items())
 
 
 def _scores(scores: dict[str, Any]) -> Iterator[str]:

@@ -4,7 +4,7 @@ What step n gets follows from the seed and n alone, so a run that is continued n
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -43,7 +43,19 @@ SHARES = {
     "present": 8,
     "running": 5,
 }
-PLAIN_ROWS = 0.12  # rows of nothing but plain text; the ends of the other rows are filled with it, too
+# Before anything else: to find a word again, which most of the others rest on.
+FIRST_STEPS = 1500
+FIRST_SHARES = {
+    "lookup": 25,
+    "lookup_chat": 5,
+    "pairs": 30,
+    "present": 10,
+    "count": 10,
+    "running": 10,
+    "tool_refusal": 5,
+    "tool_call": 5,
+}
+PLAIN_ROWS = 0.12  # from then on: rows of nothing but plain text; the ends of the other rows are filled with it, too
 WITH_SYSTEM = 0.15  # conversations that begin with the usual system prompt
 PROMPT_WEIGHT, ANSWER_WEIGHT = 0.0, 1.0
 PLAIN_WEIGHT = 0.5  # its loss stays high whatever is learned, and would drown the answers'
@@ -77,13 +89,16 @@ class Dataset:
         """The same for the same arguments. ids and positions int64, documents int32 (counted within a row; rows are
         full, so none is -1), weights float32."""
         rng = random.Random(f"{self.seed} {step}")
-        documents = self._conversations(rng, length)
-        return _stacked([self._row(rng, documents, length) for _ in range(rows)])
+        first = step < FIRST_STEPS
+        documents = self._conversations(rng, FIRST_SHARES if first else SHARES, length)
+        plain = 0.0 if first else PLAIN_ROWS
+        return _stacked([self._row(rng, documents, plain, length) for _ in range(rows)])
 
-    def _row(self, rng: random.Random, documents: "_Queue", length: int) -> list[Document]:
+    def _row(self, rng: random.Random, documents: "_Queue", plain: float, length: int) -> list[Document]:
+        """Conversations as far as they fit, and plain text; of that alone with probability `plain`."""
         row: list[Document] = []
         room = length
-        if rng.random() >= PLAIN_ROWS:
+        if rng.random() >= plain:
             while document := documents.take(room):
                 row.append(document)
                 room -= len(document.ids)
@@ -96,8 +111,8 @@ class Dataset:
         ids = self.text[start : start + length].tolist()
         return Document(ids, [0.0] + [PLAIN_WEIGHT] * (length - 1))
 
-    def _conversations(self, rng: random.Random, longest: int) -> "_Queue":
-        names, ends = list(SHARES), list(accumulate(SHARES.values()))
+    def _conversations(self, rng: random.Random, shares: Mapping[str, int], longest: int) -> "_Queue":
+        names, ends = list(shares), list(accumulate(shares.values()))
 
         def drawn() -> Iterator[Document]:
             while True:

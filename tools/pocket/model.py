@@ -19,6 +19,7 @@ from hybrid.model.rope import Rope, rotate
 from pocket.attention import DocumentAttention, Layout
 from pocket.experts import Dispatch, RoutedExperts
 from pocket.loss import HeadLoss
+from pocket.start import SPREAD, look_for_same, single_threaded
 
 Weights = Mapping[str, Tensor]
 GATE, BIAS = "mlp.gate.weight", "mlp.gate.e_score_correction_bias"
@@ -184,7 +185,7 @@ def _moe_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def initial(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     """fp32 masters to start from: matrices keep the size of what passes through, those that write to the residual
-    stream less the deeper the model is."""
+    stream less the deeper the model is. Attention does not begin from chance alone (pocket.start)."""
     generator = torch.Generator().manual_seed(seed)
     writes = 1 / math.sqrt(2 * config.num_hidden_layers)
     masters = {}
@@ -193,8 +194,10 @@ def initial(config: ModelConfig, seed: int) -> dict[str, Tensor]:
             masters[name] = torch.ones(shape)
             continue
         gain = writes if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-        spread = 0.5 if name == "embed_tokens.weight" else gain / math.sqrt(shape[-1])
+        spread = SPREAD if name == "embed_tokens.weight" else gain / math.sqrt(shape[-1])
         masters[name] = spread * torch.randn(shape, generator=generator)
+    with single_threaded():
+        look_for_same(masters, config, generator)
     return masters
 
 
