@@ -7,11 +7,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS ?=
 
-.PHONY: help chat test check fix bench clean
+.PHONY: help chat test check acceptance fix bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 chat: $(VENV)/.chat  ## set up what is missing, then chat with the demo model; ARGS="..." passes options
 	@$(BIN)/kimi-local chat $(ARGS)
@@ -24,6 +24,9 @@ check: $(VENV)/.dev  ## lint, format and types, then all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
+
+acceptance: $(VENV)/.acceptance  ## the server against clients of others: llm, schemathesis
+	@$(BIN)/python -m pytest -W default tests/acceptance $(ARGS)
 
 fix: $(VENV)/.dev  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
@@ -49,4 +52,8 @@ $(VENV)/.chat: $(VENV)/.made pyproject.toml tools/constraints.txt tools/demo-req
 
 $(VENV)/.dev: $(VENV)/.chat
 	@$(PIP) install -c tools/constraints.txt -e ".[demo,hub,dev]" >&2
+	@touch $@
+
+$(VENV)/.acceptance: $(VENV)/.dev
+	@$(PIP) install -c tools/constraints.txt -e ".[acceptance]" >&2
 	@touch $@

@@ -42,6 +42,7 @@ _DRY = "Count tokens, predict hours, and change nothing."
 _PARALLEL = "Answers made at once; by default as many as memory has room for."
 _RAY = "Spread the lines over the Ray cluster at this address; auto finds one on this machine."
 _SEED = "Other draws; every line has a seed of its own, made of this and its custom_id."
+_KV_DISK = "Disk on which to keep what was read for later runs; by default none."
 _JSON = "One JSON object at the end, on standard output."
 _DTYPE = "Of the resident weights; float32 here and in --activations keeps answers apart from what is made beside them."
 
@@ -65,6 +66,7 @@ class Options:
     ctx: int | None
     threads: int | None
     ram_budget: int | None
+    kv_disk: int
     activations: Activations
     dtype: Dtype
     json: bool
@@ -92,6 +94,7 @@ def batch(
     ctx: common.Ctx = None,
     threads: common.Threads = None,
     ram_budget: common.RamBudget = None,
+    kv_disk: Annotated[int, machine("--kv-disk", metavar="SIZE", parser=common.room, help=_KV_DISK)] = 0,
     activations: common.ActivationsOption = Activations.int8,
     dtype: Annotated[Dtype, machine("--dtype", env=False, help=_DTYPE, show_default=True)] = Dtype.bfloat16,
     json_output: Annotated[bool, output("--json", env=False, help=_JSON)] = False,
@@ -113,7 +116,7 @@ def batch(
     }  # fmt: skip
     options = Options(
         input, out, model, text, system, ordered, force, dry_run, max_parallel, ray, think, given, ctx, threads,
-        ram_budget, activations, dtype, json_output, quiet,
+        ram_budget, kv_disk, activations, dtype, json_output, quiet,
     )  # fmt: skip
     raise typer.Exit(run_batch(options))
 
@@ -257,6 +260,7 @@ def engine(options: Options, directory: Path, jobs: list[Job]) -> Iterator[Itera
         "activations": options.activations.value,
         "threads": options.threads,
         "ram_budget": options.ram_budget,
+        "kv_disk": options.kv_disk,
         "ctx": max(len(job.prompt) + job.longest for job in jobs),
         "cache": room_for(jobs, size),
     }

@@ -7,7 +7,8 @@ import sys
 import typer
 
 from cli import options as o
-from cli.opening import OpenKimi, load_kimi
+from cli.attaching import attach_or_load
+from cli.opening import OpenKimi
 from cli.options import Activations, ChatOptions
 from hybrid.errors import UsageError
 
@@ -36,7 +37,10 @@ def chat(
     activations: o.ActivationsOption = Activations.int8,
     ram_budget: o.RamBudget = None,
     gpu_experts: o.GpuExperts = None,
+    kv_disk: o.KvDisk = None,
     verify: o.Verify = False,
+    attach: o.Attach = "auto",
+    api_key: o.ApiKey = None,
     json: o.Json = False,
     stream_json: o.StreamJson = False,
     stats: o.Stats = None,
@@ -51,6 +55,7 @@ def chat(
     Examples:
     kimi-local chat                                    talk to the demo model
     kimi-local chat /models/Kimi-K2.5 --ctx 64k        talk to a checkpoint
+    kimi-local chat --attach http://mybox:8080         talk to a server's model
     kimi-local chat -p "Why is the sky blue?"          one answer on stdout
     cat report.txt | kimi-local chat -p "Sum it up."   standard input comes first
     kimi-local chat -c                                 continue the last talk
@@ -66,7 +71,7 @@ def chat(
     raise typer.Exit(code)
 
 
-def run_chat(options: ChatOptions, open_kimi: OpenKimi = load_kimi) -> int:
+def run_chat(options: ChatOptions, open_kimi: OpenKimi = attach_or_load) -> int:
     """Chat as asked; returns the exit code. `open_kimi` gives the model."""
     check(options)
     text = None if is_interactive(options) else one_shot_prompt(options)

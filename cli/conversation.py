@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING
 from cli.settings import Settings
 
 if TYPE_CHECKING:
+    from cli.model import Model, Reply
     from cli.turn import Turn
-    from hybrid import Kimi
     from hybrid.chat.message import Message
     from hybrid.chat.session import Session, SessionStore
     from hybrid.progress import OnProgress
-    from hybrid.reply import Reply
 
 
-def default_system(kimi: Kimi) -> str | None:
+def default_system(kimi: Model) -> str | None:
     """The model's own system prompt; its generation_config may name another or, with null, none."""
     from hybrid.chat.template import DEFAULT_SYSTEM
 
@@ -28,7 +27,7 @@ class Conversation:
     """`session.messages` is what the model sees next; `store` is None when nothing may be saved."""
 
     def __init__(
-        self, kimi: Kimi, session: Session, settings: Settings, store: SessionStore, *, saving: bool = True
+        self, kimi: Model, session: Session, settings: Settings, store: SessionStore, *, saving: bool = True
     ) -> None:
         self.kimi = kimi
         self.session = session
@@ -137,7 +136,8 @@ class Conversation:
     def save(self) -> None:
         """Write the session; one without a question is not worth a file."""
         self.session.model = self.kimi.name
-        self.session.settings = {**self.settings.saved(), "model_path": str(self.kimi.path)}
+        path = {"model_path": str(self.kimi.path)} if self.kimi.path is not None else {}
+        self.session.settings = {**self.settings.saved(), **path}
         if not self.saving:
             return
         if self.turns:

@@ -20,9 +20,9 @@ from cli.screen import Screen
 from cli.views import QUIET_S, progress_line
 
 if TYPE_CHECKING:
+    from cli.model import Reply
     from hybrid.chat.message import Part
     from hybrid.progress import Progress
-    from hybrid.reply import Reply
 
 Thoughts = Literal["fold", "show", "hide"]
 _TAIL_ROWS = 6

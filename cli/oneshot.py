@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from cli.attaching import arrival
 from cli.layout import Layout
 from cli.live import LiveView
 from cli.markdown import MarkdownStream
@@ -26,7 +27,7 @@ from hybrid.errors import INTERRUPTED, KimiError
 
 if TYPE_CHECKING:
     from cli.conversation import Conversation
-    from hybrid import Kimi
+    from cli.model import Model
 
 
 def answer_once(options: ChatOptions, text: str, open_kimi: OpenKimi) -> int:
@@ -35,6 +36,7 @@ def answer_once(options: ChatOptions, text: str, open_kimi: OpenKimi) -> int:
     session = find_session(options, store)
     with open_with_status(with_model_of(options, session), open_kimi) as kimi:
         if not options.quiet:
+            note(arrival(kimi))
             note(changed_model(session, kimi))
         conversation = open_conversation(options, kimi, store, session)
         conversation.unanswered()
@@ -85,7 +87,7 @@ def choose_view(options: ChatOptions) -> View:
     )
 
 
-def result(turn: Turn, kimi: Kimi) -> dict[str, Any]:
+def result(turn: Turn, kimi: Model) -> dict[str, Any]:
     """What --json prints."""
     stats, message = turn.stats, turn.message
     return {
@@ -111,7 +113,7 @@ def result(turn: Turn, kimi: Kimi) -> dict[str, Any]:
     }
 
 
-def ending(turn: Turn, kimi: Kimi) -> str:
+def ending(turn: Turn, kimi: Model) -> str:
     """Why an answer ended before the model was done; empty when it was."""
     made = count(turn.stats.generated_tokens)
     return {
@@ -127,7 +129,7 @@ def wants_stats(options: ChatOptions) -> bool:
     return sys.stdout.isatty() and not options.quiet and not options.json and not options.stream_json
 
 
-def show_stats(turn: Turn, kimi: Kimi) -> None:
+def show_stats(turn: Turn, kimi: Model) -> None:
     console = make_console(sys.stderr)
     console.print(stats_line(turn.stats, kimi.ctx, memory_ceiling(kimi, turn.stats), console.width), style="quiet")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from cli.conversation import Conversation, default_system
 from cli.keys import leaving_on_interrupt, on_interrupt
@@ -19,12 +19,15 @@ from cli.views import StatusLine
 from hybrid.errors import KimiError
 
 if TYPE_CHECKING:
+    from cli.model import Model
     from hybrid import Kimi
     from hybrid.chat.session import Session, SessionStore
     from hybrid.progress import OnProgress, Progress
     from hybrid.stats import Stats
 
-OpenKimi = Callable[[ChatOptions, "OnProgress"], "Kimi"]
+M = TypeVar("M")
+Open = Callable[[ChatOptions, "OnProgress"], M]
+OpenKimi = Callable[[ChatOptions, "OnProgress"], "Model"]
 STAGES = {
     "demo": "Building the demo model (first run only)",
     "load": "Loading",
@@ -47,6 +50,7 @@ def load_kimi(options: ChatOptions, on_progress: OnProgress) -> Kimi:
         ram_budget=options.ram_budget,
         gpu_experts=options.gpu_experts,
         keep_stats=options.stats is not False,
+        kv_disk=0 if options.no_history else options.kv_disk,
         verify=options.verify,
         on_progress=on_progress,
     )
@@ -69,7 +73,7 @@ def waiting(label: str, *, quiet: bool = False) -> Iterator[StatusLine | None]:
         status.clear()
 
 
-def open_with_status(options: ChatOptions, open_kimi: OpenKimi) -> Kimi:
+def open_with_status(options: ChatOptions, open_kimi: Open[M]) -> M:
     """The model; what is going on meanwhile is told on the error stream, unless --quiet."""
     with leaving_on_interrupt(), waiting("Starting", quiet=options.quiet) as status:
         told: set[str] = set()
@@ -85,7 +89,7 @@ def open_with_status(options: ChatOptions, open_kimi: OpenKimi) -> Kimi:
         return open_kimi(options, report)
 
 
-def memory_ceiling(kimi: Kimi, stats: Stats) -> float | None:
+def memory_ceiling(kimi: Model, stats: Stats) -> float | None:
     """This machine's memory bandwidth in GB/s, where `stats` has a figure to compare; seconds, once per machine."""
     if not stats.ram_gbps:
         return None
@@ -97,6 +101,11 @@ def state_directory() -> Path:
     from platformdirs import user_state_path
 
     return user_state_path("kimi-local")
+
+
+def servers_directory() -> Path:
+    """Where running servers say that they are there."""
+    return state_directory() / "servers"
 
 
 def open_store() -> SessionStore:
@@ -125,7 +134,7 @@ def with_model_of(options: ChatOptions, session: Session | None) -> ChatOptions:
     return options
 
 
-def open_conversation(options: ChatOptions, kimi: Kimi, store: SessionStore, session: Session | None) -> Conversation:
+def open_conversation(options: ChatOptions, kimi: Model, store: SessionStore, session: Session | None) -> Conversation:
     """A new conversation, or the saved one, with the system prompt that was asked for."""
     settings = Settings.from_options(options)
     conversation = Conversation(kimi, session or store.new(kimi.name), settings, store, saving=not options.no_history)
@@ -140,7 +149,7 @@ def open_conversation(options: ChatOptions, kimi: Kimi, store: SessionStore, ses
     return conversation
 
 
-def changed_model(session: Session | None, kimi: Kimi) -> str:
+def changed_model(session: Session | None, kimi: Model) -> str:
     """A warning when a conversation goes on with another model; empty otherwise."""
     if session is None or not session.model or session.model == kimi.name:
         return ""

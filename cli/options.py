@@ -46,6 +46,11 @@ def parse_bytes(text: str) -> int:
     return number
 
 
+def parse_room(text: str) -> int:
+    """Bytes as `parse_bytes`, or 0."""
+    return 0 if text.strip() == "0" else parse_bytes(text)
+
+
 def _measure(text: str, pattern: re.Pattern[str]) -> int | None:
     match = pattern.fullmatch(text.strip())
     if match is None:
@@ -71,6 +76,7 @@ def _parsed(parse: Callable[[str], _T]) -> Callable[[Any], _T]:
 
 _tokens = _parsed(parse_tokens)
 _bytes = _parsed(parse_bytes)
+room = _parsed(parse_room)
 
 
 def option(*names: str, help: str, env: bool = True, show_default: bool | str = False, **more: Any) -> Any:
@@ -110,8 +116,11 @@ _SYSTEM = 'System prompt; "" removes the default one.'
 _BUDGET = "End the reasoning after so many tokens: 8k, 32k, 96k, ..."
 _RAM = "For a pack's experts; those beyond it are read from the drive when needed. By default all that is free."
 _CARD = "Copies of a model's experts on the card; by default as many as there is room for, 0 for none."
+_KV_DISK = "Disk for what was read, so that it need not be read again after a restart; 0 for none."
 _STATS = "Counts and speeds below answers; --no-stats also keeps no record of the experts chosen."
-_HISTORY = "Save neither the conversation nor what is typed."
+_HISTORY = "Save neither the conversation nor what is typed, and nothing of --kv-disk."
+_ATTACH = "Use a running `kimi-local serve` of the model (auto), load it here (never), or the server at a URL."
+_KEY = "What the server wants from its clients; best given as KIMI_LOCAL_API_KEY."
 _ACTIVATIONS = "What experts compute with; float32 is slow and for verification."
 
 ModelArgument = Annotated[
@@ -152,7 +161,12 @@ Device = Annotated[str | None, machine("--device", metavar="NAME", help="cpu or 
 ActivationsOption = Annotated[Activations, machine("--activations", help=_ACTIVATIONS, show_default=True)]
 RamBudget = Annotated[int | None, machine("--ram-budget", metavar="SIZE", parser=_bytes, help=_RAM)]
 GpuExperts = Annotated[int | None, machine("--gpu-experts", metavar="N", min=0, help=_CARD)]
+KvDisk = Annotated[
+    int | None, machine("--kv-disk", metavar="SIZE", parser=room, help=_KV_DISK, show_default="8G, or 10% of its space")
+]
 Verify = Annotated[bool, machine("--verify", help="Compare every expert of a pack with its checksum first.")]
+Attach = Annotated[str, machine("--attach", metavar="auto|never|URL", help=_ATTACH, show_default=True)]
+ApiKey = Annotated[str | None, machine("--api-key", metavar="KEY", help=_KEY)]
 Json = Annotated[bool, output("--json", help="One JSON object: text, reasoning, usage, timings, ...")]
 StreamJson = Annotated[bool, output("--stream-json", help="JSON lines as they come, then that object.")]
 Stats = Annotated[bool | None, output("--stats/--no-stats", help=_STATS)]
@@ -199,7 +213,10 @@ class ChatOptions:
     activations: Activations = Activations.int8
     ram_budget: int | None = None
     gpu_experts: int | None = None
+    kv_disk: int | None = None
     verify: bool = False
+    attach: str = "auto"
+    api_key: str | None = None
     json: bool = False
     stream_json: bool = False
     stats: bool | None = None

@@ -70,7 +70,8 @@ def stats_line(stats: Stats, capacity: int, ceiling_gbps: float | None, width: i
     """One reply in a context of `capacity` tokens, in lines of `width`; the ceiling is what this RAM can do."""
     prompt = f"prompt {count(stats.prompt_tokens)} tok"
     if stats.cached_tokens:
-        prompt += f" ({count(stats.cached_tokens)} cached)"
+        of_disk = f", {count(stats.disk_tokens)} from disk" if stats.disk_tokens else ""
+        prompt += f" ({count(stats.cached_tokens)} cached{of_disk})"
     if stats.prefill_tokens_per_s:
         prompt += f" {rate(stats.prefill_tokens_per_s)} tok/s"
     thinking = f"{count(stats.thinking_tokens)}+" if stats.thinking_tokens else ""

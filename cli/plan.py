@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Debug, parse_bytes, parse_tokens
+from cli.options import Debug, GpuExperts, RamBudget, parse_bytes, parse_tokens
 from cli.plan_view import Lines, show
 from hybrid.errors import DoesNotFit, UsageError
 
@@ -70,6 +70,8 @@ def plan(
         str | None, typer.Option("--reserve", metavar="SIZE", help="RAM left to the system; 3 GiB and 3 % by default.")
     ] = None,
     nvme: Annotated[bool, typer.Option("--nvme/--no-nvme", help=_NVME)] = True,
+    ram_budget: RamBudget = None,
+    gpu_experts: GpuExperts = None,
     measure: Annotated[bool, typer.Option("--measure", help=_MEASURE)] = False,
     record: Annotated[Path | None, typer.Option("--compare", metavar="FILE", help=_COMPARE, show_default=False)] = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
@@ -87,20 +89,23 @@ def plan(
     machine = _machine(vram, ram, gpu, cores)
     speeds = _speeds(machine, parse_bandwidth(ram_bw), parse_bandwidth(disk_bw), parse_bandwidth(pcie_bw), measure)
     from hybrid.memory.achieved import compare
-    from hybrid.memory.plan import Options, make_plan
+    from hybrid.memory.known import options_for
+    from hybrid.memory.plan import make_plan
 
     recorded = _recorded(record, model) if record else {}
     found = _known(model)
-    options = Options(
-        ctx=parse_tokens(ctx) if ctx else min(Options.ctx, found.config.max_position_embeddings),
+    options = options_for(
+        found,
+        machine,
+        ctx=parse_tokens(ctx) if ctx else None,
         batch=batch,
         experts=experts,
         resident=resident.value,
         kv=kv.value,
         reserve=parse_bytes(reserve) if reserve else None,
         nvme=nvme,
-        stored=found.stored if experts == "auto" else None,
-        stored_resident=found.stored_resident,
+        ram_budget=ram_budget,
+        gpu_experts=gpu_experts,
     )
     made = make_plan(found.config, machine, options, speeds=speeds)
     lines = Lines(run_lines(made, found), reproduction(model, machine, made))
@@ -219,6 +224,8 @@ def reproduction(model: str, machine: Hardware, made: MemoryPlan) -> str:
     words += ["--ram-bw", f"{speeds.ram:.4g}", "--disk-bw", f"{speeds.disk:g}", "--pcie-bw", f"{speeds.pcie:g}"]
     words += ["--ctx", str(options.ctx), "--batch", str(options.batch), "--experts", pinned(made)]
     words += ["--resident", made.placement.resident, "--kv", options.kv, "" if options.nvme else "--no-nvme"]
+    words += [] if options.ram_budget is None else ["--ram-budget", str(options.ram_budget)]
+    words += [] if options.gpu_experts is None else ["--gpu-experts", str(options.gpu_experts)]
     return " ".join(word for word in words if word)
 
 

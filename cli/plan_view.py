@@ -89,8 +89,11 @@ def _where(area: Area, holds_resident: bool, resident: str) -> str:
 
 
 def _drive(plan: MemoryPlan) -> str:
-    nvme = plan.placement.nvme.total
-    return f"; NVMe {size(nvme)}, {plan.placement.ram_slots / plan.config.num_experts:.0%} cached" if nvme else ""
+    placement, experts = plan.placement, plan.config.num_experts
+    if not placement.nvme.total:
+        return ""
+    on_card = f", {placement.vram_slots / experts:.0%} on the card" if placement.vram_slots else ""
+    return f"; NVMe {size(placement.nvme.total)}, {placement.ram_slots / experts:.0%} cached{on_card}"
 
 
 def _parts(plan: MemoryPlan) -> Iterable[tuple[str, str, str]]:

@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from cli import reports
+from cli.attaching import arrival
 from cli.conversation import Conversation
 from cli.keys import Keyboard, on_interrupt
 from cli.layout import Layout
@@ -23,7 +24,7 @@ from cli.views import PipeView, View
 from hybrid.errors import INTERRUPTED, ContextExceeded, KimiError
 
 if TYPE_CHECKING:
-    from hybrid import Kimi
+    from cli.model import Model
     from hybrid.chat.session import Session
 
 
@@ -62,11 +63,13 @@ class Repl:
         self._interrupts = DoublePress()
 
     @property
-    def kimi(self) -> Kimi:
+    def kimi(self) -> Model:
         return self.conversation.kimi
 
     def greet(self, warning: str) -> None:
         if not self._options.quiet:
+            if found := arrival(self.kimi):
+                self.say(found)
             self.show(reports.banner(self.kimi, self.conversation.settings.thinking(self.kimi)))
             self.say("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
         if warning:
@@ -183,6 +186,8 @@ class Repl:
             "context": f"The context of {count(self.kimi.ctx)} tokens is full: /new starts afresh, /undo makes room.",
             "interrupted": "Stopped; what was written is kept (/retry asks again).",
         }
+        if turn.notice:
+            self.say(turn.notice, "notice")
         if turn.finish_reason in notes:
             self.say(notes[turn.finish_reason])
         if self.stats:

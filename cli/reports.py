@@ -13,8 +13,8 @@ from cli.output import bandwidth, byte_count, count, duration, plural, rate, sho
 
 if TYPE_CHECKING:
     from cli.conversation import Conversation
+    from cli.model import Model
     from cli.turn import Turn
-    from hybrid import Kimi
     from hybrid.chat.session import Session
     from hybrid.stats import Stats
 
@@ -32,7 +32,7 @@ def grid(rows: Sequence[Sequence[str | Text]], *, styles: Sequence[str] = ("quie
     return table
 
 
-def banner(kimi: Kimi, thinking: bool) -> Text:
+def banner(kimi: Model, thinking: bool) -> Text:
     """What runs here, from the checkpoint's own configuration."""
     config = kimi.config
     shape = f"{config.num_hidden_layers} layers"

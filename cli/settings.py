@@ -10,7 +10,7 @@ from cli.options import ChatOptions, parse_tokens
 from hybrid.errors import UsageError
 
 if TYPE_CHECKING:
-    from hybrid import Kimi, SamplingParams
+    from cli.model import Model
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "max_tokens")
 ALIASES = {"temp": "temperature", "n": "max_tokens", "thinking": "think", "budget": "think_budget"}
@@ -100,7 +100,7 @@ class Settings:
             raise UsageError(f"There is no setting {name!r}.", remedy)
         return plain
 
-    def thinking(self, kimi: Kimi) -> bool:
+    def thinking(self, kimi: Model) -> bool:
         given = self._values.get("think")
         return kimi.default_thinking if given is None else given.value
 
@@ -109,12 +109,12 @@ class Settings:
         given = self._values.get("think_budget")
         return None if given is None else given.value
 
-    def params(self, kimi: Kimi) -> SamplingParams:
+    def params(self, kimi: Model) -> Any:
         """The model's defaults, thinking or instant, with the given values in their place. Raises UsageError."""
         given = {name: value.value for name, value in self._values.items() if name in SAMPLING}
         return dataclasses.replace(kimi.default_params(self.thinking(kimi)), **given)
 
-    def table(self, kimi: Kimi) -> list[tuple[str, str, str]]:
+    def table(self, kimi: Model) -> list[tuple[str, str, str]]:
         """(name, value in force, origin) of everything that can be set."""
         params = self.params(kimi)
         effective = {name: getattr(params, name) for name in SAMPLING}

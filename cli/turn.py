@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from cli.keys import CTRL_T, Keyboard, on_interrupt
 from cli.screen import ticking
 from cli.views import View
+from hybrid.errors import KimiError
 
 if TYPE_CHECKING:
+    from cli.model import Reply
     from hybrid.chat.message import Message
     from hybrid.progress import OnProgress
-    from hybrid.reply import Reply
     from hybrid.stats import Stats
 
 
@@ -28,6 +29,7 @@ class Turn:
     stats: Stats
     thought_s: float
     total_s: float
+    notice: str = ""  # what could not be done meanwhile
 
     @property
     def is_empty(self) -> bool:
@@ -53,7 +55,7 @@ def run_turn(start: Callable[[OnProgress], Reply], view: View, keyboard: Keyboar
     finally:
         view.finish()
     total = time.perf_counter() - began
-    return Turn(reply.message, reply.finish_reason, reply.stats, live.thought_s, total)
+    return Turn(reply.message, reply.finish_reason, reply.stats, live.thought_s, total, live.notice)
 
 
 class _LiveReply:
@@ -65,6 +67,7 @@ class _LiveReply:
         self._stopped = False
         self._thinking_since: float | None = None
         self.thought_s = 0.0
+        self.notice = ""
 
     def open(self, reply: Reply) -> Reply:
         self._reply = reply
@@ -80,8 +83,11 @@ class _LiveReply:
             self._reply.stop()
 
     def answer_now(self) -> None:
-        if self._reply is not None:
-            self._reply.answer_now()
+        try:
+            if self._reply is not None:
+                self._reply.answer_now()
+        except KimiError as error:  # on the keyboard's thread: told when the answer has ended
+            self.notice = str(error)
 
     def note(self, part: object) -> None:
         from hybrid.chat.message import Think

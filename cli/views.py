@@ -16,9 +16,9 @@ from cli.screen import Screen, bar_line, progress_figures
 
 if TYPE_CHECKING:
     from cli.markdown import MarkdownStream
+    from cli.model import Reply
     from hybrid.chat.message import Part
     from hybrid.progress import Progress
-    from hybrid.reply import Reply
 
 QUIET_S = 1.0  # a wait shorter than this needs no bar
 

@@ -3,8 +3,7 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -22,17 +21,20 @@ from hybrid.checkpoint import Checkpoint, open_checkpoint
 from hybrid.config import ModelConfig
 from hybrid.device import choose_device, use_threads
 from hybrid.engine.engine import Engine
+from hybrid.engine.insight import Insight
 from hybrid.engine.request import Mask, Request
 from hybrid.engine.sampler import SamplingParams
 from hybrid.engine.service import Service
 from hybrid.errors import KimiError, UsageError
 from hybrid.memory.achieved import recorded, run_file
 from hybrid.memory.bandwidth import ram_ceiling_gbps
+from hybrid.memory.disk_kv import open_disk_kv
 from hybrid.memory.kv_cache import KVCache
+from hybrid.memory.place import Placement
 from hybrid.memory.remembered import remember
 from hybrid.memory.router_stats import read_counts, save_counts, stats_file
 from hybrid.memory.tiers import NvmeTier
-from hybrid.model.reside import fit, keep_hot, load_bytes, open_tier, reside
+from hybrid.model.reside import fill_card, furnish, load_bytes, reside, settle
 from hybrid.model.transformer import Transformer
 from hybrid.names import DEMO, model_path
 from hybrid.progress import OnProgress, Progress, ignore
@@ -64,6 +66,7 @@ class Kimi:
         self._stats_file = stats_file
         self._replies: deque[Stats] = deque(maxlen=REMEMBERED)
         self._load_s = 0.0
+        self._placement: Placement | None = None
         self._service: Service | None = None
 
     @classmethod
@@ -79,6 +82,7 @@ class Kimi:
         ram_budget: int | None = None,
         gpu_experts: int | None = None,
         keep_stats: bool = False,
+        kv_disk: int | None = 0,
         activations: str = "int8",
         verify: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
@@ -90,11 +94,13 @@ class Kimi:
         routed experts' inputs; ctx in tokens, of prompt and answer; cache in tokens (default and at least ctx), shared
         by what `generate_many` makes at once; verify compares every expert of a pack with its checksum before it is
         used (resident weights always are). ram_budget in bytes: of a pack's routed experts, so many are kept in RAM and
-        the others read from its files as they are needed, for the same answers; None keeps all of them, or as many as
-        fit. device None is a CUDA card if there is one whose kernels work, which is said as a warning if not, else the
-        CPU; gpu_experts routed experts are copied to it, as many as the plan says by default and none where some stay
-        on the drive. keep_stats adds how experts were chosen to what is known of the model, when it is closed, and
-        keeps the figures of this run for `plan --compare`.
+        the others, as far as no card has them, read from its files as they are needed, for the same answers; None keeps
+        all of them, or as many as fit. device None is a CUDA card if there is one whose kernels work, which is said as
+        a warning if not, else the CPU; gpu_experts is the most routed experts that go to it, None what there is room
+        for: copies that change with the text, or, where RAM does not hold all, experts that stay. keep_stats adds how
+        experts were chosen to what is known of the model, when it is closed, and keeps the figures of this run for
+        `plan --compare`. kv_disk bytes of the user's cache keep rows of prompts and answers, so that later runs need
+        not compute them again; None is 8 GiB or a tenth of the free disk, 0 neither writes nor reads.
 
         Raises CheckpointError for a model that is missing, damaged or unknown, and DoesNotFit, before reading weights,
         when memory will not hold it.
@@ -112,33 +118,34 @@ class Kimi:
         if ctx and ctx > tokens:
             raise UsageError(f"The context of {ctx:,} tokens is too long.", f"This model takes {tokens:,}.")
         room = max(tokens, cache or 0)
-        residence, gpu_slots = fit(checkpoint, residence, room, gpu_experts)
-        tier = open_tier(checkpoint, residence, room, ram_budget)
-        if tier is not None:
-            residence = replace(residence, tier=tier)
-        total = load_bytes(checkpoint, residence)
+        residence, placement = settle(checkpoint, residence, room, ram_budget=ram_budget, gpu_experts=gpu_experts)
+        known = stats_file(checkpoint)
+        counts = read_counts(known, config)
+        residence = furnish(checkpoint, residence, placement, counts)
+        tier, total = residence.tier, load_bytes(checkpoint, residence, placement)
         model = Transformer(
             checkpoint,
             residence,
             lambda done: report(Progress("load", total * done // config.num_hidden_layers, total, "B")),
         )
-        checkpoint.release()
         kv = KVCache(config, room, dtype=residence.dtype, device=residence.device)
-        known = stats_file(checkpoint)
-        counts = read_counts(known, config)
         if tier is not None:
             tier.preload(counts, lambda done, total: report(Progress("tier", done, total, "B")))
             model.stats.tier = tier.counters
-        else:
-            keep_hot(model, gpu_slots, counts, lambda done, total: report(Progress("card", done, total, "B")))
-        kimi = cls(checkpoint, Engine(model, kv, prefill_chunk, tokens), tier, known if keep_stats else None)
+        fill_card(
+            model, checkpoint, placement, residence.pinned, counts,
+            lambda done, total: report(Progress("card", done, total, "B")),
+        )  # fmt: skip
+        checkpoint.release()
+        disk = open_disk_kv(checkpoint, kv, kv_disk, residence.exact, residence.card is not None)
+        kimi = cls(checkpoint, Engine(model, kv, prefill_chunk, tokens, disk), tier, known if keep_stats else None)
         failed = kimi._compile(report)
         if failed:
             log.warning("%s Everything is loaded again, for the CPU.", failed)
             kimi.close()
-            del kimi, model, kv, tier, residence  # what they hold is needed once more
+            del kimi, model, kv, tier, residence, disk  # what they hold is needed once more
             return cls.load(**given | {"device": "cpu", "gpu_experts": None})
-        kimi._load_s = time.monotonic() - began
+        kimi._load_s, kimi._placement = time.monotonic() - began, placement
         return kimi
 
     # -- what it is -------------------------------------------------------------------------------------------------
@@ -159,9 +166,20 @@ class Kimi:
         return self._checkpoint.generation_config
 
     @property
+    def placement(self) -> Placement:
+        """The plan this was loaded by."""
+        assert self._placement is not None
+        return self._placement
+
+    @property
     def ctx(self) -> int:
         """Tokens of context: prompt and answer together."""
         return self._engine.ctx
+
+    @cached_property
+    def insight(self) -> Insight:
+        """What can be seen of the model at work, from any thread."""
+        return Insight(self._engine, self.placement, self._tier)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -221,15 +239,26 @@ class Kimi:
         return ((index, ids, request.finish_reason) for index, ids, request in ended)
 
     def finish_many(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], *, batch: int = 32
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        batch: int = 32,
+        prepare: Callable[[int, Request], None] | None = None,
     ) -> Iterator[tuple[int, list[int], Request]]:
-        """As `generate_many`, with all that is known of a request at its end: also its `cached_tokens`."""
+        """As `generate_many`, with all that is known of a request at its end: also its `cached_tokens`.
+
+        `prepare` is given the index and the request of each prompt before any begins, to set its `mask` or `on_token`.
+        """
         if batch < 1:
             raise UsageError(f"A batch of {batch} makes no answers.", "It must be 1 or more.")
         if self._service is not None:
             raise UsageError("A shared model makes its answers one by one.", "Use generate_many before share.")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         requests = [Request(list(ids), chosen) for ids, chosen in zip(prompts, each, strict=True)]
+        if prepare is not None:
+            for index, request in enumerate(requests):
+                prepare(index, request)
         return ((index, ids, requests[index]) for index, ids in self._engine.stream_many(requests, batch))
 
     def reply(
@@ -287,8 +316,8 @@ class Kimi:
         """Use of the routed experts since loading: `layers`, `counts` int64 [layers, experts] as lists, `tier`
         and `cache`.
 
-        `tier` is None where all experts are in RAM, and `cache` where none are on a card; else `TierCounters` and
-        `CacheCounters`, each with its `hit_rate`, `slots` and `slot_bytes`.
+        `tier` is None where no expert is on a drive alone, and `cache` where none are on a card; else `TierCounters`
+        and `CacheCounters`, each with its `hit_rate`, `slots` and `slot_bytes`.
         """
         stats, tier, cache = self._engine.model.stats, self._tier, self._engine.model.cache
         return {
@@ -301,16 +330,17 @@ class Kimi:
     def run_record(self) -> dict[str, float]:
         """Figures of this run so far, as `plan --compare` has them beside what was predicted."""
         vram = torch.cuda.max_memory_reserved() if self._engine.model.card is not None else 0
-        return recorded(self._replies, self._load_s, vram)
+        return recorded(list(self._replies), self._load_s, vram)
 
     def ram_ceiling_gbps(self) -> float:
         """This machine's read bandwidth at the threads in use, in GB/s; measured once per machine and kept."""
         return ram_ceiling_gbps(torch.get_num_threads())
 
     def close(self) -> None:
-        """Let go of the weights' files, and keep the routing if that was asked for."""
+        """Let go of the weights' files, and keep the routing and the rows of prompts if that was asked for."""
         if self._service is not None:
             self._service.close()
+        self._engine.close()
         if self._stats_file is not None:
             save_counts(self._stats_file, self.config, self._engine.model.stats.counts)
             if self._replies:

@@ -2,13 +2,14 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from weakref import WeakMethod
 
 from hybrid.chat.message import Message, Part, Text, ToolCall
 from hybrid.chat.parser import ReplyParser
 from hybrid.chat.plain import PlainParser
+from hybrid.chat.stops import Stops
 from hybrid.chat.tokenizer import Tokenizer
 from hybrid.engine.engine import Engine
 from hybrid.engine.request import Request, TokenLogprobs
@@ -16,43 +17,6 @@ from hybrid.engine.service import Service
 from hybrid.stats import Stats
 
 THINK_END = "</think>"
-
-
-class Stops:
-    """Text up to the first of some strings. What may be the beginning of one is held back until that is decided."""
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = strings
-        self._held = ""
-        self.found: str | None = None
-        self.behind = 0  # letters of the text from the beginning of `found` on
-
-    def feed(self, text: str) -> str:
-        """What is certain to come before any of the strings; of two that are there the one that ends first counts."""
-        if self.found is not None:
-            self.behind += len(text)
-            return ""
-        text = self._held + text
-        ends = [(at + len(string), at, string) for string in self._strings if (at := text.find(string)) >= 0]
-        if ends:
-            _, at, self.found = min(ends)
-            self.behind = len(text) - at
-            self._held = ""
-            return text[:at]
-        certain = len(text) - self._begun(text)
-        self._held = text[certain:]
-        return text[:certain]
-
-    def flush(self) -> str:
-        """What was held back."""
-        text, self._held = self._held, ""
-        return text
-
-    def _begun(self, text: str) -> int:
-        """How many letters at the end of `text` begin one of the strings."""
-        longest = max(map(len, self._strings), default=0) - 1
-        lengths = range(min(len(text), longest), 0, -1)
-        return next((n for n in lengths if any(string.startswith(text[-n:]) for string in self._strings)), 0)
 
 
 class Reply:
@@ -185,6 +149,7 @@ class _Clock:
         self._tier = None if tier is None else replace(tier)
         self._stats.first_token_s = self._first - self._started
         self._stats.cached_tokens = request.cached_tokens
+        self._stats.disk_tokens = request.disk_tokens
         self._stats.prefill_s = request.prefill_seconds
 
     def note(self) -> None:

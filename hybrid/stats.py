@@ -9,6 +9,7 @@ class Stats:
 
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the cache
+    disk_tokens: int = 0  # of those, read from the disk
     thinking_tokens: int = 0
     answer_tokens: int = 0
     prefill_s: float = 0.0

@@ -12,6 +12,7 @@ from hybrid import Kimi, SamplingParams
 from hybrid.chat.message import Message, Text, Think
 from hybrid.device import choose_device
 from hybrid.errors import CheckpointError, ContextExceeded, DoesNotFit, UsageError
+from hybrid.memory.hardware import Hardware
 from hybrid.progress import Progress
 
 HELLO = [Message("user", "hello there")]
@@ -84,7 +85,7 @@ def test_what_does_not_fit_is_refused_with_numbers(kimi: Kimi) -> None:
 
 
 def test_memory_is_checked_before_reading(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybrid.model.reside.available_ram", lambda: 1000)
+    monkeypatch.setattr("hybrid.model.reside.probe", lambda: Hardware(ram_total=1 << 30, ram_available=1000))
     monkeypatch.setattr("hybrid.kimi.Transformer", None)  # reading would fail differently
     with pytest.raises(DoesNotFit, match="Nothing was read"):
         Kimi.load(tiny)

@@ -31,16 +31,23 @@ ALLOWED = {
     | {"hybrid.memory", "hybrid.model"},
     "hybrid.pocket": FLOOR,
     "hybrid.names": FLOOR | {"hybrid.demo", "hybrid.pocket"},
+    "hybrid.likelihood": FLOOR | {"hybrid.chat", "hybrid.engine.request"},
+    "hybrid.grammar": FLOOR | {"hybrid.chat"},
+    "hybrid.running": FLOOR | {"hybrid.memory.remembered"},
+    "hybrid.attached_reply": FLOOR | {"hybrid.chat"},
+    "hybrid.attached": FLOOR | {"hybrid.chat", "hybrid.attached_reply"},
     "hybrid.batch": FLOOR
-    | {"hybrid.chat", "hybrid.checkpoint", "hybrid.memory", "hybrid.engine.sampler", "hybrid.kimi"},
+    | {"hybrid.chat", "hybrid.checkpoint", "hybrid.memory", "hybrid.engine.request", "hybrid.engine.sampler"}
+    | {"hybrid.grammar", "hybrid.likelihood", "hybrid.kimi"},
     "hybrid.serve": FLOOR
-    | {"hybrid.chat", "hybrid.engine.request", "hybrid.engine.sampler", "hybrid.kimi", "hybrid.reply"},
+    | {"hybrid.chat", "hybrid.engine.request", "hybrid.engine.sampler", "hybrid.grammar", "hybrid.likelihood"}
+    | {"hybrid.kimi", "hybrid.reply"},
     "hybrid.evaluation": FLOOR | {"hybrid.chat", "hybrid.engine.sampler", "hybrid.kimi"},
     "hybrid": {"hybrid.kimi", "hybrid.engine.sampler"},
     "cli": {"hybrid", "quant"},
 }
 HEAVY = {"torch", "numba", "llvmlite", "safetensors", "numpy"}
-WITHOUT_TORCH = ("quant", "hybrid.chat", "cli")
+WITHOUT_TORCH = ("quant", "hybrid.chat", "hybrid.attached", "hybrid.running", "cli")
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hybrid import Kimi, SamplingParams
 from hybrid.chat.message import Message, Part, Text, Think
-from hybrid.reply import Stops
+from hybrid.chat.stops import Stops
 
 HELLO = [Message("user", "hello there")]
 

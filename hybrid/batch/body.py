@@ -5,11 +5,14 @@ done is refused by name, so that no answer quietly differs from what was asked f
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hybrid.chat.forms import BadForm, answer_grammar, held_to
 from hybrid.chat.message import Message
+from hybrid.chat.switch import wanted_thinking
 from hybrid.errors import KimiError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -28,13 +31,14 @@ class Refused(KimiError):
 class Asked:
     """What is to be answered: `messages`, or `prompt` (text or ids) to be continued; `sampling` holds what was given.
 
-    `thinking` None leaves it to the model.
+    `thinking` None leaves it to the model; `grammar` is the form of the answer, in Lark, where one was asked for.
     """
 
     messages: tuple[Message, ...] = ()
     prompt: str | tuple[int, ...] | None = None
     tools: tuple[dict[str, Any], ...] = ()
     thinking: bool | None = None
+    grammar: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -49,9 +53,10 @@ def read_body(url: Any, body: Mapping[str, Any]) -> Asked:
         raise Refused(f"url {url!r} is not answered here; {CHAT} and {COMPLETIONS} are.", "unsupported_url", "url")
     _refuse_unsupported(given)
     if url == COMPLETIONS:
-        return Asked(prompt=_prompt(given.get("prompt")), sampling=_sampling(given))
-    messages, tools = _messages(given.get("messages")), _tools(given)
-    return Asked(messages, None, tools, _thinking(given), _sampling(given))
+        return Asked(prompt=_prompt(given.get("prompt")), sampling=_sampling(given) | _told(given.get("logprobs")))
+    messages, (tools, grammar) = _messages(given.get("messages")), _form(given)
+    told = _told(given.get("top_logprobs", 0) if given.get("logprobs") else None)
+    return Asked(messages, None, tools, _thinking(given), grammar, _sampling(given) | told)
 
 
 # -- what cannot be done ----------------------------------------------------------------------------------------------
@@ -59,14 +64,6 @@ def read_body(url: Any, body: Mapping[str, Any]) -> Asked:
 HARMLESS: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "response_format": ({"type": "text"},),
-    "stop": ("", []),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "stream": (False,),
     "echo": (False,),
     "suffix": ("",),
@@ -74,15 +71,12 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "audio": (),
 }
-CHOICES = ("auto", "none")
 
 
 def _refuse_unsupported(given: Mapping[str, Any]) -> None:
     for name, harmless in HARMLESS.items():
         if name in given and given[name] not in harmless:
             raise Refused(f"{name} is not supported in batches.", "unsupported_parameter", name)
-    if given.get("tool_choice", "auto") not in CHOICES:
-        raise Refused("tool_choice can only be auto or none.", "unsupported_parameter", "tool_choice")
 
 
 # -- what is asked ----------------------------------------------------------------------------------------------------
@@ -106,11 +100,18 @@ def _message(given: Any, where: str) -> Message:
         raise Refused(f"{where}: {error.message}", param=where) from error
 
 
-def _tools(given: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    tools = given.get("tools", [])
+def _form(given: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], str | None]:
+    """The tools to declare, and the grammar that the answer is held to."""
+    tools, wanted = given.get("tools", []), given.get("response_format")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Refused("tools is not a list of objects.", param="tools")
-    return () if given.get("tool_choice") == "none" else tuple(tools)
+    if not isinstance(wanted, dict | None):
+        raise Refused("response_format is not an object.", param="response_format")
+    try:
+        declared, grammar = held_to(tools, given.get("tool_choice"), answer_grammar(wanted))
+    except BadForm as error:
+        raise Refused(str(error), error.code or "invalid_request", error.param) from error
+    return tuple(declared or ()), grammar
 
 
 def _prompt(given: Any) -> str | tuple[int, ...]:
@@ -122,26 +123,23 @@ def _prompt(given: Any) -> str | tuple[int, ...]:
 
 
 def _thinking(given: Mapping[str, Any]) -> bool | None:
-    """The switch in its four spellings: chat_template_kwargs, thinking, enable_thinking, reasoning_effort."""
-    nested = given.get("chat_template_kwargs")
-    switches = [nested.get("thinking") if isinstance(nested, dict) else None, given.get("enable_thinking")]
-    kind = given.get("thinking")
-    kind = kind.get("type") if isinstance(kind, dict) else kind
-    switches.append({"enabled": True, "disabled": False}.get(kind, kind) if isinstance(kind, str) else kind)
-    effort = given.get("reasoning_effort")
-    switches.append(None if effort is None else effort != "none")
-    found = next((switch for switch in switches if switch is not None), None)
-    if found not in (None, True, False):
-        raise Refused(f"thinking is {found!r}.", param="thinking")
-    return found
+    try:
+        return wanted_thinking(given)
+    except KimiError as error:
+        raise Refused(error.message, param="thinking") from error
 
 
 # -- how it is sampled ------------------------------------------------------------------------------------------------
 LARGEST_SEED = (1 << 63) - 1
+MOST_LIKELY = 20
+ID = re.compile("[0-9]{1,9}")
 NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (lambda value: value >= 0, "0 or more"),
     "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "min_p": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "presence_penalty": (lambda value: -2 <= value <= 2, "between -2 and 2"),
+    "frequency_penalty": (lambda value: -2 <= value <= 2, "between -2 and 2"),
+    "repetition_penalty": (lambda value: 0.1 <= value <= 10, "between 0.1 and 10"),
 }
 WHOLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_k": (lambda value: value >= 0, "0 (no limit) or more"),
@@ -153,15 +151,48 @@ WHOLE: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(given)
     given.setdefault("max_tokens", given.pop("max_completion_tokens", None))
-    found = {}
+    found: dict[str, Any] = {}
     for kinds, rules in (((int, float), NUMBERS), ((int,), WHOLE)):
         for name, (valid, meaning) in rules.items():
             value = given.get(name)
             if value is None:
                 continue
-            if type(value) not in kinds or not math.isfinite(value) or not valid(value):
+            if not _is_number(value, kinds) or not valid(value):
                 raise Refused(f"{name} is {value!r}; it must be {meaning}.", param=name)
             found[name] = value
     if "seed" in found:
         found["seed"] %= 1 << 63
+    if stop := _stop(given.get("stop")):
+        found["stop"] = stop
+    if bias := _bias(given.get("logit_bias")):
+        found["logit_bias"] = bias
     return found
+
+
+def _is_number(value: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
+    return type(value) in kinds and math.isfinite(value)
+
+
+def _stop(given: Any) -> tuple[str, ...]:
+    """The strings that end an answer; empty ones, which some programs send, end nothing."""
+    strings = [given] if isinstance(given, str) else [] if given is None else given
+    if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
+        raise Refused("stop is neither a text nor a list of texts.", param="stop")
+    return tuple(string for string in strings if string)
+
+
+def _bias(given: Any) -> tuple[tuple[int, float], ...]:
+    """What is added to the logits of ids; whether the model has these ids is not known here."""
+    pairs = list(given.items()) if isinstance(given, dict) else None if given is not None else []
+    if pairs is None or not all(ID.fullmatch(key) and _is_number(value) and abs(value) <= 100 for key, value in pairs):
+        raise Refused("logit_bias gives ids numbers between -100 and 100.", param="logit_bias")
+    return tuple((int(key), value) for key, value in pairs)
+
+
+def _told(count: Any) -> dict[str, Any]:
+    """How many likeliest ids are told of for every token; nothing where nothing is to be told."""
+    if count is None or count is False:
+        return {}
+    if type(count) is not int or not 0 <= count <= MOST_LIKELY:
+        raise Refused(f"logprobs are told of 0 to {MOST_LIKELY} tokens.", param="top_logprobs")
+    return {"logprobs": count}

@@ -6,25 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from hybrid.batch.jobs import Job, shared_tokens
-from hybrid.memory.known import Known, known
+from hybrid.memory.known import known, options_for
 from hybrid.memory.kv_cache import PAGE_SIZE, pages_for
-from hybrid.memory.place import NVME, Options
+from hybrid.memory.place import NVME
 from hybrid.memory.plan import choose, make_plan
 from hybrid.memory.rates import kernel_speeds, rates, this_machine
 
 MOST = 64  # sequences at once: beyond it nearly every expert is read for every token anyway
-
-
-def options_for(found: Known, ctx: int, batch: int) -> Options:
-    """A plan for the model as it is."""
-    return Options(
-        ctx=ctx,
-        batch=batch,
-        experts="auto" if found.stored is not None else "native",
-        resident="auto",
-        stored=found.stored,
-        stored_resident=found.stored_resident,
-    )
 
 
 def sequences(directory: Path, jobs: Sequence[Job]) -> int:
@@ -36,7 +24,7 @@ def sequences(directory: Path, jobs: Sequence[Job]) -> int:
     rooms = sorted((len(job.prompt) + job.longest for job in jobs), reverse=True)
     for count in range(min(MOST, len(jobs)), 1, -1):
         mean = -(-sum(rooms[:count]) // count)
-        placement = choose(found.config, machine, options_for(found, mean, count))
+        placement = choose(found.config, machine, options_for(found, machine, ctx=mean, batch=count))
         if placement.fits and placement.tier != NVME:
             return count
     return 1
@@ -86,7 +74,8 @@ def estimate(directory: Path, jobs: Sequence[Job], batch: int) -> Estimate | Non
     found, machine = known(str(directory)), this_machine(with_gpu=False)
     speeds = rates(machine, measured=kernel_speeds(rates(machine).cores))
     longest = max(len(job.prompt) + job.longest for job in jobs)
-    plans = [make_plan(found.config, machine, options_for(found, longest, n), speeds=speeds) for n in (batch, 1)]
+    asked = [options_for(found, machine, ctx=longest, batch=n) for n in (batch, 1)]
+    plans = [make_plan(found.config, machine, options, speeds=speeds) for options in asked]
     many, one = (made.predicted for made in plans)
     if many is None or one is None:
         return None

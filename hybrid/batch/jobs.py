@@ -1,7 +1,7 @@
 """Lines as a model gets them: ids of the prompt, settings, and how much room an answer may take."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,9 @@ from hybrid.batch.lines import Line
 from hybrid.chat.template import ChatTemplate
 from hybrid.chat.tokenizer import Tokenizer
 from hybrid.checkpoint import Checkpoint
-from hybrid.errors import KimiError
+from hybrid.engine.request import TokenLogprobs
+from hybrid.errors import KimiError, MissingExtra
+from hybrid.grammar import Grammars
 from hybrid.memory.prefix_cache import common_prefix
 
 LONGEST = 32768  # tokens of an answer, if neither the line nor the command says
@@ -36,6 +38,7 @@ class Answer:
     ids: list[int]
     finish_reason: str
     cached_tokens: int
+    logprobs: Sequence[TokenLogprobs] = ()
 
 
 class Prompts:
@@ -52,10 +55,15 @@ class Prompts:
         self.template = ChatTemplate.from_directory(checkpoint.path)
         self._ids = checkpoint.config.vocab_size
         self._reasons = checkpoint.reasons
+        self._grammars = Grammars(self.tokenizer, self._ids, self.stop_ids)
 
     def job(self, line: Line, defaults: Mapping[str, Any], thinking: bool | None) -> Job:
-        """`line` with `defaults` where it says nothing. Raises Refused for what this model cannot take."""
+        """`line` with `defaults` where it says nothing. Raises Refused for what this model cannot take.
+
+        Raises MissingExtra for an answer of a form where llguidance is not installed.
+        """
         asked = line.asked
+        self._require_possible(asked)
         wanted = thinking if asked.thinking is None else asked.thinking
         thinks = asked.is_chat and self._reasons and wanted is not False
         prompt = self._prompt(asked, thinks)
@@ -79,6 +87,20 @@ class Prompts:
             except Refused as why:
                 refused.append((line.custom_id, why))
         return jobs, refused
+
+    def _require_possible(self, asked: Asked) -> None:
+        wrong = [token for token, _ in asked.sampling.get("logit_bias", ()) if token >= self._ids]
+        if wrong:
+            message = f"logit_bias names {wrong[0]}, and there are {self._ids:,} tokens."
+            raise Refused(message, param="logit_bias")
+        if asked.grammar is None:
+            return
+        try:
+            self._grammars.matcher(asked.grammar)
+        except MissingExtra:
+            raise
+        except KimiError as error:
+            raise Refused(str(error), "unsupported_schema", "response_format") from error
 
     def _prompt(self, asked: Asked, thinking: bool) -> list[int]:
         if isinstance(asked.prompt, str):

@@ -2,32 +2,37 @@
 
 import secrets
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from hybrid.batch.body import Refused
 from hybrid.batch.jobs import Answer, Job, Prompts
+from hybrid.chat.message import Message
 from hybrid.chat.parser import ReplyParser
 from hybrid.chat.plain import PlainParser
+from hybrid.chat.reading import Reading
 from hybrid.chat.tokenizer import Tokenizer
+from hybrid.likelihood import chat_logprobs, text_logprobs
 
 REASONS = {"context": "length"}  # of ours that OpenAI has no word for
 
 
 def answer_record(job: Job, answer: Answer, prompts: Prompts) -> dict[str, Any]:
     """The line for an answer, which the engine ended as `Request.finish_reason` says."""
-    text = [token for token in answer.ids if token not in prompts.stop_ids]
-    choice, thoughts = (_spoken if job.asked.is_chat else _continued)(job, text, prompts.tokenizer)
+    read = reading(job, prompts.tokenizer)
+    message = read.read(answer.ids, prompts.stop_ids)
+    choice = _choice(message, chat=job.asked.is_chat)
     kind = "chat.completion" if job.asked.is_chat else "text_completion"
     why = answer.finish_reason
-    finish = "tool_calls" if why == "stop" and choice.get("message", {}).get("tool_calls") else REASONS.get(why, why)
+    called = why == "stop" and message.tool_calls and not read.stopped
+    finish = "tool_calls" if called else REASONS.get(why, why)
+    logprobs = _logprobs(job, answer, prompts.tokenizer)
     body = {
         "id": f"{'chatcmpl' if job.asked.is_chat else 'cmpl'}-{secrets.token_hex(12)}",
         "object": kind,
         "created": int(time.time()),
         "model": prompts.model,
-        "choices": [{"index": 0, **choice, "logprobs": None, "finish_reason": finish}],
-        "usage": _usage(job, answer, thoughts),
+        "choices": [{"index": 0, **choice, "logprobs": logprobs, "finish_reason": finish}],
+        "usage": _usage(job, answer, read.thoughts),
     }
     return _record(job.custom_id, {"status_code": 200, "request_id": f"req_{secrets.token_hex(12)}", "body": body})
 
@@ -43,26 +48,29 @@ def _record(custom_id: str, response: dict[str, Any], error: dict[str, Any] | No
     return {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": custom_id, "response": response, "error": error}
 
 
-def _spoken(job: Job, ids: Sequence[int], tokenizer: Tokenizer) -> tuple[dict[str, Any], int]:
-    """({"message"}, tokens of reasoning)."""
+def reading(job: Job, tokenizer: Tokenizer) -> Reading:
+    """What the ids of the job's answer are to be fed to."""
+    stop = job.sampling.get("stop", ())
+    if not job.asked.is_chat:
+        return Reading(PlainParser(tokenizer), stop)
     calls = sum(len(message.tool_calls) for message in job.asked.messages)
-    parser, thoughts = ReplyParser.after(job.prompt, tokenizer, calls), 0
-    for token in ids:
-        thoughts += parser.thinking
-        parser.feed(token)
-    parser.finish()
-    message = parser.message()
+    return Reading(ReplyParser.after(job.prompt, tokenizer, calls), stop)
+
+
+def _choice(message: Message, *, chat: bool) -> dict[str, Any]:
+    if not chat:
+        return {"text": message.content}
     fields = {"refusal": None} | message.to_dict()
     fields["content"] = message.content or (None if message.tool_calls else "")
-    return {"message": fields}, thoughts
+    return {"message": fields}
 
 
-def _continued(job: Job, ids: Sequence[int], tokenizer: Tokenizer) -> tuple[dict[str, Any], int]:
-    parser = PlainParser(tokenizer)
-    for token in ids:
-        parser.feed(token)
-    parser.finish()
-    return {"text": parser.message().content}, 0
+def _logprobs(job: Job, answer: Answer, tokenizer: Tokenizer) -> Any:
+    if job.sampling.get("logprobs") is None:
+        return None
+    if job.asked.is_chat:
+        return {"content": chat_logprobs(answer.logprobs, tokenizer)}
+    return text_logprobs(answer.logprobs, tokenizer)
 
 
 def _usage(job: Job, answer: Answer, thoughts: int) -> dict[str, Any]:

@@ -1,14 +1,19 @@
 """A job from prompts to lines on the disk."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count, takewhile
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from hybrid.batch.jobs import Answer, Job, Prompts
-from hybrid.batch.records import answer_record
+from hybrid.batch.records import answer_record, reading
 from hybrid.batch.state import Output
+from hybrid.chat.reading import Reading
+from hybrid.engine.request import Request, no_notice
 from hybrid.engine.sampler import SamplingParams
+from hybrid.grammar import Grammars, Mask
 from hybrid.kimi import Kimi
 
 
@@ -32,8 +37,43 @@ def params_of(kimi: Kimi, job: Job) -> SamplingParams:
 def answers(kimi: Kimi, jobs: Sequence[Job], batch: int) -> Iterator[Answer]:
     """Every job's answer as it ends, up to `batch` made at once."""
     prompts, params = [job.prompt for job in jobs], [params_of(kimi, job) for job in jobs]
-    ended = kimi.finish_many(prompts, params, batch=batch)
-    return (Answer(index, ids, request.finish_reason, request.cached_tokens) for index, ids, request in ended)
+    grammars = Grammars(kimi.tokenizer, kimi.config.vocab_size, kimi.stop_ids)
+
+    def prepare(index: int, request: Request) -> None:
+        job = jobs[index]
+        if job.asked.grammar is not None:
+            request.mask = _Later(grammars, job.asked.grammar, job.thinking)
+        if request.params.stop:
+            request.on_token = _ends_at(request, reading(job, kimi.tokenizer))
+
+    for index, ids, request in kimi.finish_many(prompts, params, batch=batch, prepare=prepare):
+        request.mask, request.on_token = None, no_notice  # what they hold is not needed until the last answer ends
+        yield Answer(index, ids, request.finish_reason, request.cached_tokens, request.logprobs)
+
+
+class _Later:
+    """A mask that is made when its answer begins: thousands of lines may wait."""
+
+    def __init__(self, grammars: Grammars, grammar: str, thinking: bool) -> None:
+        self._make = lambda: grammars.mask(grammar, thinking)
+        self._mask: Mask | None = None
+
+    def __call__(self, ids: Sequence[int]) -> Tensor | None:
+        self._mask = self._mask or self._make()
+        return self._mask(ids)
+
+
+def _ends_at(request: Request, reading: Reading) -> Callable[[int], None]:
+    """What ends `request` at the first of its stop strings."""
+
+    def note(token: int) -> None:
+        if token in request.params.stop_ids:
+            return
+        reading.feed(token)
+        if reading.stopped:
+            request.finish_reason = "stop"
+
+    return note
 
 
 def write_answers(

@@ -9,6 +9,7 @@ from hybrid.engine.request import Request, require_room
 from hybrid.engine.sampler import require_finite
 from hybrid.engine.scheduler import Scheduler
 from hybrid.engine.scheduler import Sequence as Running
+from hybrid.memory.disk_kv import DiskKV
 from hybrid.memory.kv_cache import KVCache, pages_for
 from hybrid.memory.prefix_cache import PrefixCache
 from hybrid.model.batch import Batch, Segment
@@ -18,12 +19,15 @@ from hybrid.model.transformer import Transformer
 class Engine:
     """Sequences over a paged cache, one or many at once. One thread at a time may use it."""
 
-    def __init__(self, model: Transformer, kv: KVCache, prefill_chunk: int, ctx: int) -> None:
-        """No sequence gets longer than `ctx` tokens; the cache may hold more."""
+    def __init__(
+        self, model: Transformer, kv: KVCache, prefill_chunk: int, ctx: int, disk: DiskKV | None = None
+    ) -> None:
+        """No sequence gets longer than `ctx` tokens; the cache may hold more, and `disk` what was in it before."""
         assert ctx <= kv.capacity, (ctx, kv.capacity)
         self.model = model
         self.kv = kv
         self.cache = PrefixCache(kv)
+        self.disk = disk
         self.prefill_chunk = prefill_chunk
         self.ctx = ctx
         self._active: Scheduler | None = None
@@ -66,13 +70,20 @@ class Engine:
             self.kv.release(pages)
 
     def forget(self) -> None:
-        """Empty the cache."""
+        """Empty the cache; what is on disk stays."""
         self._turn_to(None)
         self.cache.clear()
 
+    def close(self) -> None:
+        """Have the disk keep what it is to keep."""
+        if self.disk is not None:
+            self.disk.close(self.cache)
+
     def scheduler(self, batch: int) -> Scheduler:
         """One for up to `batch` sequences at once, to be taken on by `advance`; close it in the end."""
-        return Scheduler(self.model, self.cache, ctx=self.ctx, batch=batch, prefill_chunk=self.prefill_chunk)
+        return Scheduler(
+            self.model, self.cache, ctx=self.ctx, batch=batch, prefill_chunk=self.prefill_chunk, disk=self.disk
+        )
 
     def advance(self, scheduler: Scheduler) -> list[Running]:
         """A step of `scheduler`: the sequences that ended. Another one that was under way pauses for it."""

@@ -21,6 +21,10 @@ class Full(KimiError):
     """As many requests are waiting as may; later there is room again."""
 
 
+class Closed(KimiError):
+    """Nothing is computed any more: the model was closed, or an error has ended the engine."""
+
+
 class TokenLogprobs(NamedTuple):
     """An id of an answer with its log-probability, and the likeliest ids with theirs, likeliest first."""
 
@@ -72,6 +76,7 @@ class Request:
 
     # filled by the engine
     cached_tokens: int = 0
+    disk_tokens: int = 0  # of those, read from the disk
     prefill_seconds: float = 0.0
     finish_reason: str = ""  # stop | length | context | interrupted
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the model itself: before penalties, temperature

@@ -127,4 +127,5 @@ class Sampler:
             values, ids = probabilities.sort(descending=True)
         before = values.cumsum(0) - values  # mass of likelier tokens: the one that crosses top_p still counts
         kept = (before < self.params.top_p) & (values >= self.params.min_p * values[0])
+        kept[0] = True  # also under a top_p that is nothing in fp32
         return values[kept], ids[kept]

@@ -15,6 +15,7 @@ from torch import Tensor
 from hybrid.engine.request import Cancelled, Request
 from hybrid.engine.sampler import Sampler, require_finite
 from hybrid.errors import KimiError
+from hybrid.memory.disk_kv import DiskKV
 from hybrid.memory.kv_cache import PAGE_SIZE, pages_for
 from hybrid.memory.prefix_cache import PrefixCache
 from hybrid.model.batch import Batch, Segment
@@ -54,11 +55,12 @@ class Sequence:
     def ended(self) -> bool:
         return bool(self.request.finish_reason) or self.error is not None
 
-    def start(self, pages: list[int], rows: int) -> None:
-        """Go on with `pages`, which hold so many rows already."""
+    def start(self, pages: list[int], rows: int, from_disk: int) -> None:
+        """Go on with `pages`, which hold so many rows already, some of them just read from the disk."""
         self.pages, self.done = pages, rows
         if self.found is None:
             self.found = self.request.cached_tokens = rows
+            self.request.disk_tokens = from_disk
             self.started = time.perf_counter()
 
     def note_layer(self, rows: int) -> None:
@@ -88,10 +90,20 @@ class Sequence:
 class Scheduler:
     """Requests waiting for pages, in order, and those under way, in the order they started; `step` takes these on."""
 
-    def __init__(self, model: Transformer, cache: PrefixCache, *, ctx: int, batch: int, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        cache: PrefixCache,
+        *,
+        ctx: int,
+        batch: int,
+        prefill_chunk: int,
+        disk: DiskKV | None = None,
+    ) -> None:
         """At most `ctx` tokens per sequence, `batch` sequences at once and `prefill_chunk` tokens of prompts a step."""
         self.model = model
         self.cache = cache
+        self.disk = disk
         self.ctx = ctx
         self.batch = batch
         self.prefill_chunk = prefill_chunk
@@ -113,6 +125,8 @@ class Scheduler:
 
         An error in the model itself ends all that took part.
         """
+        if self.disk is not None:
+            self.disk.advance(self.cache)
         ended = self._drop_cancelled()
         self._admit()
         assert self.running or not self.waiting, "pages are held by somebody else"
@@ -136,6 +150,12 @@ class Scheduler:
     def close(self) -> None:
         """Give up what is under way and waiting."""
         self._remove([*self.running, *self.waiting])
+        self.rest()
+
+    def rest(self) -> None:
+        """Between requests there is time for what would hold up a step."""
+        if self.disk is not None:
+            self.disk.advance(self.cache, rest=True)
 
     def _drop_cancelled(self) -> list[Sequence]:
         """Sequences removed because their requests were cancelled."""
@@ -149,6 +169,8 @@ class Scheduler:
             if each in self.running:
                 self.running.remove(each)
                 self._keep(each)
+                if self.disk is not None and each.error is None:
+                    self.disk.save(self.cache, each.ids[: each.done])
             else:
                 self.waiting.remove(each)
         return sequences
@@ -171,7 +193,11 @@ class Scheduler:
         wanted = pages_for(min(len(each.ids) + PAGE_SIZE, each.longest))
         if self.cache.available(match) < wanted - len(match.full):
             return False
-        each.start(*self.cache.open(match, len(each.ids)))
+        from_disk = 0
+        if self.disk is not None:
+            from_disk = self.disk.recall(self.cache, each.ids[:-1], match)
+            match = self.cache.find(each.ids[:-1])
+        each.start(*self.cache.open(match, len(each.ids)), from_disk)
         return True
 
     def _plan(self) -> list[tuple[Sequence, int]]:

@@ -12,9 +12,8 @@ import numba
 import torch
 
 from hybrid.engine.engine import Engine
-from hybrid.engine.request import Full, Request
+from hybrid.engine.request import Closed, Full, Request
 from hybrid.engine.scheduler import Sequence
-from hybrid.errors import KimiError
 
 Item = int | Exception | None  # an id; or the end, with or without an error
 T = TypeVar("T")
@@ -78,6 +77,7 @@ class Service:
         self._lines: list[_Line] = []
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._closed = False
+        self._failed: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -127,7 +127,11 @@ class Service:
 
     def _require_open(self) -> None:
         if self._closed:
-            raise KimiError("The model is closed.", "Load it again.")
+            raise self._no_more()
+
+    def _no_more(self) -> Closed:
+        what = "The model is closed." if self._failed is None else "An error has ended the engine."
+        return Closed(what, "Load the model again.")
 
     def _run(self) -> None:
         numba.set_num_threads(torch.get_num_threads())  # numba's is each thread's own, and torch's is everybody's
@@ -136,6 +140,8 @@ class Service:
             while self._take_in():
                 self._engine.advance(self._scheduler)
                 self._tell()
+                if not self._lines:
+                    self._scheduler.rest()
         except Exception as bug:  # raised again where the answers are awaited
             error = bug
         self._end(error)
@@ -161,7 +167,7 @@ class Service:
     def _end(self, error: Exception | None) -> None:
         """Nothing more is computed: tell everybody."""
         with self._changed:
-            self._closed = True
+            self._closed, self._failed = True, error
             lines, self._lines = self._lines, []
             calls = list(self._calls)
         self._scheduler.close()
@@ -169,7 +175,7 @@ class Service:
             line.request.finish_reason = line.request.finish_reason or "interrupted"
             line.items.put(error)
         for future, _ in calls:
-            future.set_exception(error or KimiError("The model is closed.", "Load it again."))
+            future.set_exception(error or self._no_more())
 
 
 def _settle(future: "Future[T]", work: Callable[[], T]) -> None:

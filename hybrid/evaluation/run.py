@@ -7,6 +7,7 @@ from typing import Any
 
 from hybrid.chat.message import Message
 from hybrid.chat.parser import ReplyParser
+from hybrid.chat.reading import Reading
 from hybrid.chat.tokenizer import Tokenizer
 from hybrid.engine.sampler import SamplingParams
 from hybrid.evaluation.case import Case, check, prompt_ids
@@ -98,7 +99,7 @@ def answer(
     report(Progress("skills", 0, len(asked), "cases"))
     for index, ids, why in kimi.generate_many(prompts, params, batch=batch):
         case = asked[index]
-        reply = _read(prompts[index], [token for token in ids if token not in kimi.stop_ids], kimi.tokenizer)
+        reply = Reading(ReplyParser.after(prompts[index], kimi.tokenizer)).read(ids, kimi.stop_ids)
         outcomes[index] = Outcome(case, reply, why, case.thinking and not kimi.default_thinking)
         report(Progress("skills", len(outcomes), len(asked), "cases"))
     return [outcomes[index] for index in range(len(asked))]
@@ -113,11 +114,3 @@ def longest_reply(case: Case, tokenizer: Tokenizer) -> int:
 
 def _as_asked(case: Case, kimi: Kimi) -> Case:
     return replace(case, thinking=case.thinking and kimi.default_thinking)
-
-
-def _read(prompt: Sequence[int], ids: Sequence[int], tokenizer: Tokenizer) -> Message:
-    parser = ReplyParser.after(prompt, tokenizer)
-    for token in ids:
-        parser.feed(token)
-    parser.finish()
-    return parser.message()

@@ -84,7 +84,8 @@ def recorded(replies: Collection[Stats], load_s: float, vram: int = 0) -> dict[s
     if steps >= ENOUGH and seconds:
         record["decode_tok_s"] = round(steps / seconds, 3)
         record["ram_gbps"] = round(sum(each.host_bytes for each in replies) / seconds / 1e9, 3)
-    prompts, seconds = sum(each.prefilled_tokens for each in replies), sum(each.prefill_s for each in replies)
+    read = [each for each in replies if each.first_token_s]  # to their end: others know no time
+    prompts, seconds = sum(each.prefilled_tokens for each in read), sum(each.prefill_s for each in read)
     if prompts >= ENOUGH and seconds:
         record["prefill_tok_s"] = round(prompts / seconds, 3)
     return record

@@ -14,7 +14,6 @@ from hybrid.checkpoint.header import REFETCH, damaged
 from hybrid.errors import CheckpointError
 from quant.aligned import PAGE, empty
 
-PIECE = 1 << 24  # bytes one thread asks for at a time
 FAILED = "What was being computed is lost. Check the drive, then try again."
 READERS = 8  # threads: enough requests in flight for a drive to give what it can
 

@@ -1,9 +1,10 @@
 """Hot experts in a card's memory: which slot holds which, who comes in, and how bytes get there while steps run.
 
-RAM holds every expert; a slot holds a copy of one. Between two steps, those that were missed and will be wanted more
-than the weakest in a slot set out, two at a time. They travel on threads and a stream of their own, through pinned
+Where RAM holds every expert, a slot holds a copy of one. Between two steps, those that were missed and will be wanted
+more than the weakest in a slot set out, two at a time. They travel on threads and a stream of their own, through pinned
 memory, and count as here from the first step after they arrived: so no step ever waits for one, and a slow link makes
-the cache adapt later and nothing else.
+the cache adapt later and nothing else. Where RAM does not hold them all, experts are pinned instead: they are put into
+slots once, and are nowhere else.
 
 The device is a parameter: on a CPU, which is how tests run it, copies are made at once. `PinnedUploads` needs CUDA and
 is the one part that runs nowhere else.
@@ -100,12 +101,12 @@ def _gather(parts: Sequence[np.ndarray], target: np.ndarray) -> int:
 class HostLayer(NamedTuple):
     """What the cache must know of a layer whose experts it may hold."""
 
-    parts: Callable[[int], list[np.ndarray]]  # an expert's bytes in RAM, uint8, as they are to lie in a slot
+    parts: Callable[[int], list[np.ndarray]]  # an expert's bytes, uint8, as they are to lie in a slot
     placed: Callable[[int, int], None]  # told (slot, expert) once those are there
 
 
 class ExpertCache:
-    """Copies of up to `count` experts, of any layer, in the memory of `device`. Used from one thread at a time.
+    """Up to `count` experts, of any layer, in the memory of `device`. Used from one thread at a time.
 
     Slots are numbered from 0; the number `count` stands for none. An expert goes by its key, layer * experts + number.
     """
@@ -129,6 +130,7 @@ class ExpertCache:
         self._free = list(range(self.count - 1, -1, -1))
         self._arriving: dict[Future[None], tuple[int, int]] = {}  # key and slot
         self._missed: set[int] = set()  # since the last step began
+        self.pinned = False  # whether who is in a slot stays there
         self._policy = Foresight(config.num_hidden_layers, self._experts, capacity=0)  # only its scores are used
 
     def add(self, layer: int, host: HostLayer) -> None:
@@ -148,6 +150,10 @@ class ExpertCache:
         """Which experts of `layer` are in no slot: bool [experts]."""
         return self._seen[layer] == self.count
 
+    def held(self) -> np.ndarray:
+        """bool [layers, experts]: which are in a slot. Any thread may ask."""
+        return self._seen != self.count
+
     def note(self, layer: int, topk_ids: np.ndarray, expert_bytes: np.ndarray) -> None:
         """A step uses the experts `topk_ids` [tokens, k] of `layer` now; `expert_bytes` int64 [experts], their sizes.
 
@@ -160,6 +166,8 @@ class ExpertCache:
         self.counters.misses += missed.size
         self.counters.card_bytes += int(expert_bytes[here].sum())
         self.counters.ram_bytes += int(expert_bytes[missed].sum())
+        if self.pinned:
+            return
         self._policy.note(layer, chosen)
         self._missed.update((layer * self._experts + missed).tolist())
 
@@ -170,7 +178,7 @@ class ExpertCache:
         Raises KimiError if an upload failed.
         """
         self._take(future for future in list(self._arriving) if future.done())
-        if self.count:
+        if self.count and not self.pinned:
             self._send(self._missed, STAGED - len(self._arriving))
         self._missed.clear()
 
@@ -178,12 +186,29 @@ class ExpertCache:
         """Fill empty slots with experts of the highest `counts` [layers, experts], and wait until they are there."""
         self._policy.expect(odds(counts, self._per_token))
         keys = [key for key in hottest(counts, list(self._layers)) if self._seen.flat[key] == self.count]
-        for key in keys[: len(self._free)]:
+        self._bring(keys[: len(self._free)], on_bytes)
+
+    def pin(self, keys: Sequence[int], on_bytes: OnBytes = lambda done, total: None) -> None:
+        """Put the experts `keys` into slots, at most as many as there are, and leave it at that; waits until they are
+        there. Raises KimiError if an upload fails, and what reading one raises."""
+        self.pinned = True
+        self._bring(keys, on_bytes)
+
+    def _bring(self, keys: Sequence[int], on_bytes: OnBytes) -> None:
+        """Fill free slots. No more experts are under way than travel at once: each may be in RAM for that alone."""
+        done, total = 0, len(keys) * self.slot_bytes
+        for key in keys:
+            if len(self._arriving) == STAGED:
+                self._await()
             self._begin(key, self._free.pop())
-        total = len(self._arriving)
+            done += self.slot_bytes
+            on_bytes(done - len(self._arriving) * self.slot_bytes, total)
         while self._arriving:
-            self._take(wait(self._arriving, return_when=FIRST_COMPLETED).done)
-            on_bytes((total - len(self._arriving)) * self.slot_bytes, total * self.slot_bytes)
+            self._await()
+            on_bytes(done - len(self._arriving) * self.slot_bytes, total)
+
+    def _await(self) -> None:
+        self._take(wait(self._arriving, return_when=FIRST_COMPLETED).done)
 
     def _send(self, missed: Iterable[int], most: int) -> None:
         """Begin to upload the best of `missed`, up to `most`, as far as they find room or beat who has it."""

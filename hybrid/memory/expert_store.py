@@ -1,10 +1,14 @@
-"""Every routed expert on the host, in the layout its kernel reads; of a pack perhaps only some, see `tiers`."""
+"""Every routed expert on the host, in the layout its kernel reads, but for those that only a card has.
 
+Of a pack perhaps fewer: see `tiers`.
+"""
+
+import math
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +17,7 @@ from torch import Tensor
 from hybrid.checkpoint import Checkpoint, Expert, Int4Weight
 from hybrid.checkpoint.pack import Pack
 from hybrid.config import ModelConfig
-from hybrid.memory.direct import PIECE, READERS, DirectFile
+from hybrid.memory.direct import READERS, DirectFile
 from hybrid.memory.tiers import NvmeTier
 from quant import aligned, int4_g32, kernels, trellis_moe
 from quant.rotation import MATRICES, signs
@@ -35,15 +39,22 @@ class LayerExperts(Protocol):
 class PackedExperts:
     """Low-bit experts times int8 activations, by the Numba kernels."""
 
-    def __init__(self, moe: Callable[..., np.ndarray], expert_bytes: np.ndarray) -> None:
+    def __init__(
+        self, moe: Callable[..., np.ndarray], expert_bytes: np.ndarray, places: np.ndarray | None = None
+    ) -> None:
         """`moe` takes x, topk_ids and topk_weights and returns the layer's output: `quant.kernels.moe` of some experts
-        or `quant.trellis_moe.moe` of others."""
+        or `quant.trellis_moe.moe` of others. Where it has only some of a layer, places int64 [experts] are their
+        numbers there, and -1 for those it must not be asked for."""
         self.moe = moe
         self.expert_bytes = expert_bytes
+        self.places = places
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        rows = np.ascontiguousarray(x.float().numpy(force=True))
-        out = self.moe(rows, topk_ids.numpy(force=True), topk_weights.numpy(force=True))
+        rows, ids = np.ascontiguousarray(x.float().numpy(force=True)), topk_ids.numpy(force=True)
+        if self.places is not None:
+            ids = self.places[ids]
+            assert (ids >= 0).all(), "an expert that is only on the card"
+        out = self.moe(rows, ids, topk_weights.numpy(force=True))
         return torch.from_numpy(out).to(x.device)
 
 
@@ -78,51 +89,76 @@ class ExactExperts:
 
 
 def load_experts(
-    checkpoint: Checkpoint, layer: int, *, exact: bool, dtype: torch.dtype, threads: int, tier: NvmeTier | None = None
+    checkpoint: Checkpoint,
+    layer: int,
+    *,
+    exact: bool,
+    dtype: torch.dtype,
+    threads: int,
+    tier: NvmeTier | None = None,
+    pinned: np.ndarray | None = None,
 ) -> LayerExperts:
     """The experts of one layer as their kernels read them; decoded and multiplied by torch instead if `exact`.
 
-    With a `tier`, made of the same pack, nothing is read now.
+    With a `tier`, made of the same pack, nothing is read now. Those `pinned` bool [experts] to a card are not read.
     """
     if tier is not None:
         return PackedExperts(partial(tier.moe, layer), tier.expert_bytes(layer))
+    assert pinned is None or not exact, "no card multiplies exactly"
+    kept = np.arange(checkpoint.config.n_routed_experts) if pinned is None else np.flatnonzero(~pinned)
     with ThreadPoolExecutor(max(threads, READERS)) as pool:
         if isinstance(checkpoint, Pack):
-            return _from_pack(checkpoint, layer, exact, dtype, pool)
+            return _from_pack(checkpoint, layer, kept, exact, dtype, pool)
         if checkpoint.expert_format(layer) == "int4_g32":
-            return _from_int4(checkpoint, layer, exact, dtype, pool)
+            return _from_int4(checkpoint, layer, kept, exact, dtype, pool)
+    assert pinned is None, "no card multiplies such experts"
     sizes = np.full(checkpoint.config.n_routed_experts, checkpoint.config.expert_bytes(16))
     return ExactExperts(lambda i: _dense(checkpoint.expert(layer, i), dtype), sizes)
 
 
-def _from_int4(checkpoint: Checkpoint, layer: int, exact: bool, dtype: torch.dtype, pool: Executor) -> LayerExperts:
-    experts = _empty_int4(checkpoint.config)
+def _places(kept: np.ndarray, experts: int) -> np.ndarray | None:
+    """Where each of `experts` lies if only the `kept` ones, ascending, lie in a row; None if that is all of them."""
+    if len(kept) == experts:
+        return None
+    places = np.full(experts, -1)
+    places[kept] = np.arange(len(kept))
+    return places
 
-    def pack(index: int) -> None:
-        gate, up, down = (_released(weight) for weight in checkpoint.expert(layer, index))
-        both = [kernels.interleave(g, u) for g, u in zip(gate, up, strict=True)]
-        int4_g32.pack(both[0], both[1], experts.gate_up.blocks[index])
-        int4_g32.pack(*down, experts.down.blocks[index])
 
-    list(pool.map(pack, range(checkpoint.config.n_routed_experts)))
-    packed = _int4_experts(experts)
+def _from_int4(
+    checkpoint: Checkpoint, layer: int, kept: np.ndarray, exact: bool, dtype: torch.dtype, pool: Executor
+) -> LayerExperts:
+    experts = _empty_int4(checkpoint.config, len(kept))
+    list(pool.map(partial(_pack_released, checkpoint, layer, experts), kept.tolist(), range(len(kept))))
+    packed = _int4_experts(experts, kept, checkpoint.config)
     if not exact:
         return packed
     hidden, intermediate = checkpoint.config.hidden_size, checkpoint.config.moe_intermediate_size
     return ExactExperts(lambda i: _decoded(experts, i, hidden, intermediate, dtype), packed.expert_bytes)
 
 
-def _empty_int4(config: ModelConfig) -> kernels.Experts:
-    count, hidden, intermediate = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+def _pack_released(checkpoint: Checkpoint, layer: int, experts: kernels.Experts, index: int, place: int) -> None:
+    """Expert `index` of a released layer, packed into `place`."""
+    gate, up, down = (_released(weight) for weight in checkpoint.expert(layer, index))
+    both = [kernels.interleave(g, u) for g, u in zip(gate, up, strict=True)]
+    int4_g32.pack(both[0], both[1], experts.gate_up.blocks[place])
+    int4_g32.pack(*down, experts.down.blocks[place])
+
+
+def _empty_int4(config: ModelConfig, count: int) -> kernels.Experts:
+    hidden, intermediate = config.hidden_size, config.moe_intermediate_size
     return kernels.Experts(int4_g32.empty(count, 2 * intermediate, hidden), int4_g32.empty(count, hidden, intermediate))
 
 
-def _int4_experts(experts: kernels.Experts) -> PackedExperts:
-    size = sum(matrix.blocks[0].nbytes for matrix in experts)
-    return PackedExperts(partial(kernels.moe, experts), np.full(len(experts.down.blocks), size))
+def _int4_experts(experts: kernels.Experts, kept: np.ndarray, config: ModelConfig) -> PackedExperts:
+    size = sum(math.prod(matrix.blocks.shape[1:]) for matrix in experts)
+    sizes = np.full(config.n_routed_experts, size)
+    return PackedExperts(partial(kernels.moe, experts), sizes, _places(kept, config.n_routed_experts))
 
 
-def _from_pack(pack: Pack, layer: int, exact: bool, dtype: torch.dtype, pool: Executor) -> LayerExperts:
+def _from_pack(
+    pack: Pack, layer: int, kept: np.ndarray, exact: bool, dtype: torch.dtype, pool: Executor
+) -> LayerExperts:
     """Blobs are read, not used where they could be mapped: the kernels must never wait for a page of a file."""
     record = pack.manifest.layers[layer]
     sizes = np.array([sum(pack.shapes.sizes(formats)) for formats in record.formats])
@@ -130,38 +166,93 @@ def _from_pack(pack: Pack, layer: int, exact: bool, dtype: torch.dtype, pool: Ex
         return ExactExperts(lambda i: _dense(pack.expert(layer, i, dtype), dtype), sizes)
     with closing(DirectFile(pack.path / record.file)) as file:
         if record.formats[0][0] == "int4_g32":  # then all are
-            return _int4_experts(_read_int4(pack, layer, file, pool))
-        data = _read_blobs(pack, layer, file, pool)
+            return _int4_experts(_read_int4(pack, layer, kept, file, pool), kept, pack.config)
+        data, starts = _read_blobs(pack, layer, kept, file, pool)
+    gate_up, down = (
+        matrix._replace(planes=np.ascontiguousarray(matrix.planes[kept]))
+        for matrix in _trellis(pack, layer, data, starts)[1:]
+    )
+    experts = trellis_moe.TrellisExperts(data, gate_up, down)
+    return PackedExperts(partial(trellis_moe.moe, experts), sizes, _places(kept, len(sizes)))
+
+
+def _trellis(pack: Pack, layer: int, data: np.ndarray, starts: np.ndarray) -> trellis_moe.TrellisExperts:
+    """All experts of a layer, as if each began at its byte in `starts` int64 [experts] of `data`."""
     gate_up, down = (
         signs(pack.manifest.seed, layer, name, shape[1]) for name, shape in zip(MATRICES, pack.shapes, strict=True)
     )
-    experts = trellis_moe.experts(data, record.offsets, record.formats, (gate_up, down))
-    return PackedExperts(partial(trellis_moe.moe, experts), sizes)
+    return trellis_moe.experts(data, starts, pack.manifest.layers[layer].formats, (gate_up, down))
 
 
-def _read_blobs(pack: Pack, layer: int, file: DirectFile, pool: Executor) -> np.ndarray:
-    """A layer's file, uint8, verified if the pack is."""
+def _read_blobs(
+    pack: Pack, layer: int, kept: np.ndarray, file: DirectFile, pool: Executor
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `kept` blobs of a layer one behind the other, uint8, verified if the pack is; and where each begins or would,
+    int64 [experts]."""
     record = pack.manifest.layers[layer]
-    data = aligned.empty((record.size,))
-    list(pool.map(lambda start: file.read(start, [data[start : start + PIECE]]), range(0, data.size, PIECE)))
-    if pack.verify:
-        blobs = np.split(data, record.offsets[1:])
-        list(pool.map(lambda i: pack.require_checksum(layer, i, [blobs[i]]), range(len(blobs))))
-    return data
-
-
-def _read_int4(pack: Pack, layer: int, file: DirectFile, pool: Executor) -> kernels.Experts:
-    """A layer's INT4 blobs, each into its places in the two stacks of their kernel; verified if the pack is."""
-    experts, offsets = _empty_int4(pack.config), pack.manifest.layers[layer].offsets
+    sizes = np.zeros(len(record.offsets), np.int64)
+    sizes[kept] = np.diff(record.offsets, append=record.size)[kept]
+    starts, data = np.cumsum(sizes) - sizes, aligned.empty((int(sizes.sum()),))
 
     def read(index: int) -> None:
-        parts = [stack.blocks[index].reshape(-1) for stack in experts]
+        blob = data[starts[index] :][: sizes[index]]
+        file.read(int(record.offsets[index]), [blob])
+        if pack.verify:
+            pack.require_checksum(layer, index, [blob])
+
+    list(pool.map(read, kept.tolist()))
+    return data, starts
+
+
+def _read_int4(pack: Pack, layer: int, kept: np.ndarray, file: DirectFile, pool: Executor) -> kernels.Experts:
+    """The `kept` INT4 blobs, each into its places in the two stacks of their kernel; verified if the pack is."""
+    experts, offsets = _empty_int4(pack.config, len(kept)), pack.manifest.layers[layer].offsets
+
+    def read(index: int, place: int) -> None:
+        parts = [stack.blocks[place].reshape(-1) for stack in experts]
         file.read(int(offsets[index]), parts)
         if pack.verify:
             pack.require_checksum(layer, index, parts)
 
-    list(pool.map(read, range(len(offsets))))
+    list(pool.map(read, kept.tolist(), range(len(kept))))
     return experts
+
+
+# -- experts that never are in RAM ------------------------------------------------------------------------------------
+class Stored(NamedTuple):
+    """The routed experts of one layer where they are stored."""
+
+    experts: trellis_moe.TrellisExperts | kernels.Experts  # all of the first kind, beginning at 0; none of the second
+    read: Callable[[int], list[np.ndarray]]  # an expert's bytes, uint8, as its kernel lays them one behind the other
+
+
+def stored_experts(checkpoint: Checkpoint, layer: int) -> Stored:
+    """Of a pack or a released INT4 checkpoint. `read` raises CheckpointError when an expert cannot be read or, in a
+    verified pack, is not what it should be."""
+    if not isinstance(checkpoint, Pack):
+        return Stored(_empty_int4(checkpoint.config, 0), partial(_packed_released, checkpoint, layer))
+    formats = checkpoint.manifest.layers[layer].formats
+    read = partial(_read_one, checkpoint, layer)
+    if formats[0][0] == "int4_g32":
+        return Stored(_empty_int4(checkpoint.config, 0), read)
+    return Stored(_trellis(checkpoint, layer, aligned.empty((0,)), np.zeros(len(formats), np.int64)), read)
+
+
+def _packed_released(checkpoint: Checkpoint, layer: int, index: int) -> list[np.ndarray]:
+    experts = _empty_int4(checkpoint.config, 1)
+    _pack_released(checkpoint, layer, experts, index, 0)
+    return [stack.blocks.reshape(-1) for stack in experts]
+
+
+def _read_one(pack: Pack, layer: int, index: int) -> list[np.ndarray]:
+    record = pack.manifest.layers[layer]
+    formats = record.formats[index]
+    blob = aligned.empty((pack.shapes.blob_bytes(formats),))
+    with closing(DirectFile(pack.path / record.file)) as file:
+        file.read(int(record.offsets[index]), [blob])
+    if pack.verify:
+        pack.require_checksum(layer, index, [blob])
+    return [blob[: sum(pack.shapes.sizes(formats))]]
 
 
 def _released(weight: Int4Weight | Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -1,12 +1,19 @@
-"""Models to plan for: what a name, a config.json or a directory says, read without weights and without torch."""
+"""Models to plan for: what a name, a config.json or a directory says, read without weights and without torch; and what
+a plan is asked of them."""
 
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hybrid.config import ModelConfig
 from hybrid.errors import CheckpointError
+from hybrid.memory.hardware import Hardware
 from hybrid.memory.parts import Mix
+from hybrid.memory.place import Options
+
+if TYPE_CHECKING:
+    from hybrid.checkpoint.manifest import Manifest
 
 BUILT_IN = Path(__file__).parent / "models"
 REPOS = {"k2.5": "moonshotai/Kimi-K2.5", "k2-thinking": "moonshotai/Kimi-K2-Thinking"}
@@ -54,11 +61,44 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _pack(path: Path) -> Known:
-    from collections import Counter
-
     from hybrid.checkpoint.pack_check import scan_pack
 
     scan = scan_pack(path)
-    manifest = scan.manifest
+    return known_pack(path, scan.config, scan.manifest)
+
+
+def known_pack(path: Path, config: ModelConfig, manifest: "Manifest") -> Known:
+    """A pack whose manifest is read already."""
     counts = Counter((gate_up, down) for layer in manifest.layers.values() for gate_up, down in layer.formats)
-    return Known(str(path), scan.config, "", Mix(dict(counts)), str(manifest.made_with.get("resident", "bf16")))
+    return Known(str(path), config, "", Mix(dict(counts)), str(manifest.made_with.get("resident", "bf16")))
+
+
+STORED = "stored"  # instead of a format of experts: that which the model has
+
+
+def options_for(
+    found: Known,
+    hardware: Hardware,
+    *,
+    ctx: int | None = None,
+    experts: str = STORED,
+    running: bool = False,
+    **asked: Any,
+) -> Options:
+    """What to ask of a plan for `found` on `hardware`: the one place where facts of both and a person's wishes meet.
+
+    ctx None is the usual context, or the model's if that is shorter. `asked` are more fields of `Options`. With
+    `running` the plan is for this process, which is up: what is not available on `hardware` is taken.
+    """
+    if experts == STORED:
+        experts = "native" if found.stored is None else "auto"
+    if running:
+        asked["reserve"] = hardware.ram_total - hardware.ram_available
+    return Options(
+        ctx=min(Options.ctx, found.config.max_position_embeddings) if ctx is None else ctx,
+        experts=experts,
+        stored=found.stored if experts == "auto" else None,
+        stored_resident=found.stored_resident,
+        running=running,
+        **asked,
+    )

@@ -4,6 +4,7 @@ K2.5 keeps 576 values per token and layer (70,272 bytes per token in bf16) where
 would take 2.5 MB.
 """
 
+import math
 from bisect import bisect_left, insort
 from operator import neg
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid.config import ModelConfig
+from quant.aligned import PAGE
 
 PAGE_SIZE = 64
 
@@ -30,7 +32,7 @@ class KVCache:
         """Room for `tokens` tokens, rounded up to whole pages; on a CPU memory is taken as it is first written."""
         self.num_pages = pages_for(tokens)
         shape = (config.num_hidden_layers, self.num_pages * PAGE_SIZE, config.latent_dim)
-        self.rows = torch.empty(shape, dtype=dtype, device=device)
+        self.rows = _empty(shape, dtype, device)
         self.free = list(range(self.num_pages - 1, -1, -1))  # lowest page last: handed out in memory order
         self.holders = [0] * self.num_pages
 
@@ -99,3 +101,11 @@ class KVCache:
             return slice(offset + start, offset + stop)
         slots = (torch.tensor(pages)[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).view(-1)
         return slots[start - first * PAGE_SIZE : stop - first * PAGE_SIZE].to(self.rows.device)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised, and beginning where a drive can read to."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = torch.empty(size + PAGE, dtype=torch.uint8, device=device)
+    start = -raw.data_ptr() % PAGE
+    return raw[start : start + size].view(dtype).view(shape)

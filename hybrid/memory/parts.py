@@ -10,8 +10,8 @@ from quant import LADDER, int4_g32, int8_g32, trellis
 from quant.aligned import PAGE
 
 MIB, GIB = 1 << 20, 1 << 30
-RESIDENT_BITS = {"bf16": 16.0, "int8": int8_g32.BITS_PER_WEIGHT, "int4": int4_g32.BITS_PER_WEIGHT}
-KV_BYTES = {"bf16": 2, "fp8": 1}
+RESIDENT_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": int8_g32.BITS_PER_WEIGHT, "int4": int4_g32.BITS_PER_WEIGHT}
+KV_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 GROUP = 32  # weights per scale of a resident matrix; others stay bf16
 
 # The program itself, measured on Linux: the process with torch and the kernels loaded and warm, without weights.
@@ -21,6 +21,7 @@ CUDA_IN_RAM, CUDA_CONTEXT, DISPLAY_SHARE = 2 * GIB, 640 * MIB, 1 / 50
 CUBLAS = 128 * MIB
 SYSTEM, SYSTEM_SHARE = 3 * GIB, 3 / 100  # left to the system: its programs, page tables, what RAM is reported short
 PAGE_CACHE = GIB  # what reading a drive past the cache still leaves in it
+SPARE = 16  # of the memory that is free for a running program, one part in so many is left where experts fill it
 ATTENTION_TILE, EXPERT_GROUP, STAGED_EXPERTS = 1024, 16, 32  # of a prefill chunk on a GPU: tokens, experts, experts
 CPU_CHUNK = 256  # tokens
 
@@ -37,6 +38,14 @@ class Mix(NamedTuple):
     def largest(self, config: ModelConfig) -> int:
         """Bytes of the largest expert, which a slot must hold."""
         return max((blob_bytes(config, pair) for pair in self.counts), default=0)
+
+    def least(self, config: ModelConfig, count: int) -> int:
+        """Bytes of the `count` smallest experts: what any so many of them take at least."""
+        size = 0
+        for each, number in sorted((blob_bytes(config, pair), number) for pair, number in self.counts.items()):
+            size += each * min(number, count)
+            count -= min(number, count)
+        return size
 
     def bits(self, config: ModelConfig) -> float:
         """Per weight, scales and padding included; 0 for a model without routed experts."""
@@ -101,7 +110,7 @@ class Resident(NamedTuple):
     dense: tuple[int, int]  # per dense layer
     head: tuple[int, int]
     norms: int  # bytes of all norms and router biases
-    embedding: int  # bytes; always bf16 on the host
+    embedding: int  # bytes, on the host
 
     def parts(self, config: ModelConfig) -> dict[str, int]:
         """Bytes by name over all layers, embedding not counted."""
@@ -121,22 +130,23 @@ def resident(config: ModelConfig, choice: str) -> Resident:
 
     With int8 or int4 the router stays fp32, kv_b_proj and norms bf16, and the head has 8 bits.
     """
+    plain = 4 if choice == "fp32" else 2  # bytes of a weight that is not packed
     hidden, heads = config.hidden_size, config.num_attention_heads
     absorbed = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
     attention = config.attention_params
-    attention_bytes = _coded(attention - absorbed, choice) + 2 * absorbed
+    attention_bytes = _coded(attention - absorbed, choice) + plain * absorbed
     shared, router = 3 * hidden * config.shared_intermediate_size, hidden * config.n_routed_experts
     dense, table = 3 * hidden * config.intermediate_size, config.vocab_size * hidden
-    head = 0 if config.tie_word_embeddings else _coded(table, "bf16" if choice == "bf16" else "int8")
+    head = 0 if config.tie_word_embeddings else _coded(table, "int8" if choice == "int4" else choice)
     ranks = config.kv_lora_rank + (config.q_lora_rank or 0)
-    norms = 2 * (config.num_hidden_layers * (2 * hidden + ranks) + hidden)
+    norms = plain * (config.num_hidden_layers * (2 * hidden + ranks) + hidden)
     return Resident(
         (attention_bytes, attention),
         (_coded(shared, choice) + 4 * router, shared + router),
         (_coded(dense, choice), dense),
         (head, table),
         norms + 4 * config.n_routed_experts * config.num_moe_layers,
-        2 * table,
+        plain * table,
     )
 
 

@@ -1,8 +1,9 @@
 """Where every byte lives: one set of experts on one machine, placed or found not to fit. Pure arithmetic.
 
 Resident weights, KV cache and prefill go to the card if it holds them all, else to RAM; what is left of the card are
-slots for hot experts. All experts are in RAM if they fit there (slots then hold copies); if they fit only without
-those in slots, each has one home; and if not even so, RAM is slots too and a drive holds all.
+slots for hot experts. All experts are in RAM if they fit there (slots then hold copies, which change with the text).
+If not, slots and RAM add up: an expert on the card stays there and is nowhere else. Where even that is too little, RAM
+is slots too and a drive has the rest.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,9 @@ class Options:
     kv: str = "bf16"  # bf16 | fp8
     reserve: int | None = None  # bytes of RAM left to the system; None: see `system_bytes`
     nvme: bool = True  # whether experts may stay on a drive
+    ram_budget: int | None = None  # bytes of RAM for experts; None: what is left
+    gpu_experts: int | None = None  # the most that go to the card; None: what there is room for
+    running: bool = False  # the program is up: what it has taken itself is `reserve`d already
     stored: Mix | None = None  # a pack's experts, which decide `experts`
     stored_resident: str = "bf16"  # what a pack holds
 
@@ -69,6 +73,16 @@ class Placement:
     def fits(self) -> bool:
         return not self.lacks
 
+    @property
+    def exclusive(self) -> bool:
+        """Whether experts on the card are not in RAM as well; those stay where they are."""
+        return self.tier != MIRRORED and self.vram_slots > 0
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of RAM that experts take; of slots, where it is slots."""
+        return self.ram.parts.get("experts", 0) + self.ram.parts.get("expert slots", 0)
+
 
 def system_bytes(hardware: Hardware, options: Options) -> int:
     """RAM that is not ours: what the system keeps, or what other programs hold now if that is more."""
@@ -92,11 +106,11 @@ def place(config: ModelConfig, hardware: Hardware, options: Options, mix: Mix) -
     notes = ("The card does not hold the resident weights and the KV cache; it is not used.",) if hardware.gpus else ()
     choice = next(_residents(options, mix, on_gpu=False))
     chunk = min(parts.CPU_CHUNK, options.ctx)
-    fixed = _host_parts(config, hardware, options) | parts.resident(config, choice).parts(config)
+    fixed = _host_parts(config, hardware, options, choice) | parts.resident(config, choice).parts(config)
     fixed |= {"KV cache": parts.kv_bytes(config, options.ctx, options.batch, options.kv)}
     fixed |= {"prefill activations": parts.cpu_prefill_bytes(config, chunk)}
     unused = Area(hardware.gpus[0].memory_total if hardware.gpus else 0, {})
-    return _in_ram(config, hardware, options, Placement(
+    return _in_ram(config, options, Placement(
         mix, False, choice, MIRRORED, unused, Area(hardware.ram_total, fixed), Area(0, {}), 0, 0, chunk, notes=notes
     ))  # fmt: skip
 
@@ -105,8 +119,6 @@ def _residents(options: Options, mix: Mix, *, on_gpu: bool) -> Iterator[str]:
     """Choices of resident weights in the order they are tried."""
     if options.stored is not None and options.resident == "auto":
         yield options.stored_resident
-        if on_gpu and options.stored_resident == "bf16":
-            yield "int8"
     elif options.resident != "auto":
         yield options.resident
     elif on_gpu:
@@ -137,11 +149,12 @@ def _chunk(config: ModelConfig, options: Options, largest: int, left: int) -> in
     return roomy[0] if roomy else next((chunk for chunk, need in reversed(needs) if need <= left), 0)
 
 
-def _host_parts(config: ModelConfig, hardware: Hardware, options: Options) -> dict[str, int]:
+def _host_parts(config: ModelConfig, hardware: Hardware, options: Options, choice: str) -> dict[str, int]:
+    program = {} if options.running else {"program": parts.PROGRAM}
     return {
         "system": system_bytes(hardware, options),
-        "program": parts.PROGRAM,
-        "embedding": 2 * config.vocab_size * config.hidden_size,
+        **program,
+        "embedding": parts.resident(config, choice).embedding,
         "workspace": parts.decode_bytes(config, options.batch),
     }
 
@@ -157,40 +170,45 @@ def _on_gpu(
 ) -> Placement:
     size, largest = hardware.gpus[0].memory_total, mix.largest(config)
     slots = min(config.num_experts, (size - sum(card.values())) // largest) if largest else 0
+    slots = slots if options.gpu_experts is None else min(slots, options.gpu_experts)
     vram = Area(size, card | ({"expert slots": slots * largest} if slots else {}))
     staging = 2 * min(parts.STAGED_EXPERTS, config.n_routed_experts) * largest
-    fixed = _host_parts(config, hardware, options) | {"CUDA in the process": parts.CUDA_IN_RAM}
+    fixed = _host_parts(config, hardware, options, choice)
+    fixed |= {} if options.running else {"CUDA in the process": parts.CUDA_IN_RAM}
     fixed |= {"pinned staging": staging} if staging else {}
-    return _in_ram(config, hardware, options, Placement(
+    return _in_ram(config, options, Placement(
         mix, True, choice, MIRRORED, vram, Area(hardware.ram_total, fixed), Area(0, {}), slots, 0, chunk
     ))  # fmt: skip
 
 
-def _in_ram(config: ModelConfig, hardware: Hardware, options: Options, begun: Placement) -> Placement:
+def _in_ram(config: ModelConfig, options: Options, begun: Placement) -> Placement:
     """`begun`, whose RAM holds only what is fixed, with a home for all experts."""
-    size, left = begun.mix.bytes(config), begun.ram.left
-    if size <= left:
+    size, slots, room = begun.mix.bytes(config), begun.vram_slots, begun.ram.left
+    if options.ram_budget is not None and options.ram_budget < size:
+        if options.ram_budget > room:
+            return _lacking(begun, options.ram_budget - room)
+        room = options.ram_budget
+    if size <= room:
         return _placed(begun, MIRRORED, size, config.num_experts)
-    # The experts in slots are the caller's to choose; that each is as small as the average is the careful guess.
-    shed = begun.vram_slots * size // config.num_experts if begun.vram_slots else 0
-    if shed and size - shed <= left:
-        return _placed(begun, EXCLUSIVE, size - shed, config.num_experts - begun.vram_slots)
-    return _on_nvme(config, options, begun) if options.nvme else _lacking(begun, size - shed - left)
+    # Who is in slots is decided when they are filled; that they are the smallest is the careful guess.
+    rest = size - begun.mix.least(config, slots)
+    if slots and rest <= room:
+        return _placed(begun, EXCLUSIVE, rest, config.num_experts - slots)
+    return _on_nvme(config, options, begun, room) if options.nvme and size else _lacking(begun, rest - room)
 
 
-def _on_nvme(config: ModelConfig, options: Options, begun: Placement) -> Placement:
-    """All experts on the drive, and as many as possible in slots of RAM."""
-    largest, size = begun.mix.largest(config), begun.mix.bytes(config)
-    step = min(config.n_routed_experts, options.batch * config.num_experts_per_tok)
-    # Reads of the next layer overlap this layer's arithmetic: buffers for two.
-    fixed = {**begun.ram.parts, "read buffers": 2 * step * largest, "page cache": parts.PAGE_CACHE}
-    ram = Area(begun.ram.size, fixed)
-    slots = min(config.num_experts, ram.left // largest)
-    if slots < 2 * step:
-        return _lacking(begun, 2 * step * largest - ram.left)
-    on_drive = Area(size, {"experts": size})
-    ram = Area(ram.size, {**fixed, "expert slots": slots * largest})
-    return replace(begun, tier=NVME, ram=ram, nvme=on_drive, ram_slots=slots)
+def _on_nvme(config: ModelConfig, options: Options, begun: Placement, room: int) -> Placement:
+    """All experts on the drive, and as many as possible in `room` bytes of RAM, cut into slots."""
+    largest, size, fixed = begun.mix.largest(config), begun.mix.bytes(config), dict(begun.ram.parts)
+    if options.ram_budget is None:
+        free = begun.ram.size - fixed["system"]
+        fixed["page cache"] = free // parts.SPARE if options.running else parts.PAGE_CACHE
+        room -= fixed["page cache"]
+    slots = min(config.num_experts - begun.vram_slots, room // largest)
+    if slots < config.num_experts_per_tok:  # a token needs so many at once
+        return _lacking(begun, config.num_experts_per_tok * largest - room)
+    ram = Area(begun.ram.size, {**fixed, "expert slots": slots * largest})
+    return replace(begun, tier=NVME, ram=ram, nvme=Area(size, {"experts": size}), ram_slots=slots)
 
 
 def _placed(begun: Placement, tier: str, experts: int, count: int) -> Placement:

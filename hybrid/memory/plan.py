@@ -84,6 +84,7 @@ class MemoryPlan:
                 "formats": placement.mix.names(),
                 "count": self.config.num_experts,
                 "tier": placement.tier,
+                "exclusive": placement.exclusive,
                 "vram_slots": placement.vram_slots,
                 "ram_slots": placement.ram_slots,
             },
@@ -267,14 +268,20 @@ def _costs(plan: MemoryPlan, options: Options, bpw: float, speed: float) -> Iter
 
 # -- the commands -----------------------------------------------------------------------------------------------------
 def commands(plan: MemoryPlan, model: str) -> list[str]:
-    """What to type to get this plan of `model`: a pack, where experts are to have other bits, then a conversation."""
-    lines, run = [], shlex.quote(model)
-    native = parts.native(plan.config)
-    if plan.options.stored is None and (plan.placement.mix != native or plan.placement.resident != "bf16"):
+    """What to type to get this plan of `model`: a pack, where it takes one, then a conversation.
+
+    A plan that fills RAM is held to its numbers: what is free when the model is loaded may be another amount.
+    """
+    placement, lines, run = plan.placement, [], shlex.quote(model)
+    as_released = placement.mix == parts.native(plan.config) and placement.resident == "bf16" and placement.tier != NVME
+    if plan.options.stored is None and not as_released:
         pack = shlex.quote(f"{model}-pack")
-        lines.append(f"kimi-local quantize {run} {pack} {_formats(plan)} --resident {plan.placement.resident}")
+        lines.append(f"kimi-local quantize {run} {pack} {_formats(plan)} --resident {placement.resident}")
         run = pack
-    return [*lines, f"kimi-local chat {run} --ctx {plan.options.ctx}"]
+    numbers = "" if placement.tier == MIRRORED else f" --ram-budget {max(1, placement.expert_bytes)}"
+    if placement.exclusive or plan.options.gpu_experts is not None:
+        numbers += f" --gpu-experts {placement.vram_slots}"
+    return [*lines, f"kimi-local chat {run} --ctx {plan.options.ctx}{numbers}"]
 
 
 def _formats(plan: MemoryPlan) -> str:

@@ -162,6 +162,8 @@ def uses(work: Work, skew: Skew) -> Uses:
         return expected_uses(1, 1, 0.0, 1.0, FLAT)
     everywhere = placement.tier != NVME
     vram, ram = placement.vram_slots / config.num_experts, placement.ram_slots / config.num_experts
+    if placement.tier == EXCLUSIVE:
+        skew = skew._replace(persistence=0.0)  # who stays on the card profits from being popular alone
     # Shares rounded, so that neighbouring plans share one simulation.
     found = expected_uses(
         config.n_routed_experts,
@@ -237,7 +239,8 @@ def _chunk_experts(
     config, placement = work.config, work.placement
     k, experts = config.num_experts_per_tok, config.n_routed_experts
     touched = distinct_experts(experts, k, tokens)
-    on_drive = touched * (1 - placement.ram_slots / config.num_experts) if placement.tier == NVME else 0.0
+    elsewhere = placement.ram_slots + placement.vram_slots
+    on_drive = touched * (1 - elsewhere / config.num_experts) if placement.tier == NVME else 0.0
     read = Task(work.read(on_drive), buffers)
     if not streamed:
         return [read, Task(work.experts(touched, tokens * k), (first, attention))]
@@ -265,7 +268,7 @@ def load(work: Work) -> Timeline:
     resident = parts.resident(config, placement.resident)
     always = sum(resident.parts(config).values()) + resident.embedding
     read = placement.ram_slots * work.expert_bytes
-    if placement.tier == EXCLUSIVE:
+    if placement.exclusive:
         read += placement.vram_slots * work.expert_bytes
     upload = float(always) if placement.on_gpu else 0.0
     upload += placement.vram_slots * work.expert_bytes

@@ -21,6 +21,7 @@ class Residents:
 
     def __init__(self, layers: int, experts: int, slots: int) -> None:
         self.slot_of: dict[int, int] = {}
+        self._shape = layers, experts
         self._key_of = np.full(slots, -1)
         self._free = list(range(slots - 1, -1, -1))
         self._policy = Foresight(layers, experts, capacity=0)
@@ -28,6 +29,12 @@ class Residents:
     def expect(self, odds: np.ndarray) -> None:
         """Begin with experts used in `odds` [layers, experts] of the steps."""
         self._policy.expect(odds)
+
+    def held(self) -> np.ndarray:
+        """bool [layers, experts]: who has a slot, whether it is filled yet or not. Any thread may ask."""
+        held, keys = np.zeros(self._shape, bool), self._key_of.copy()
+        held.flat[keys[keys >= 0]] = True
+        return held
 
     def note(self, layer: int, chosen: np.ndarray) -> None:
         """These experts are used now."""

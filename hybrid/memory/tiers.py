@@ -1,9 +1,10 @@
 """The NVMe tier: experts beyond the RAM budget stay in the pack's files and are read when a step asks for them.
 
-RAM holds as many experts as the budget allows, of all layers together. A layer first has every expert it lacks read,
-all at once and past the page cache, each into the slot of one that is wanted less; what is in RAM is multiplied
-meanwhile, and what arrives as it arrives. Experts that mostly followed the chosen ones are read ahead for the next
-layer. Nothing of this shows in the result: each expert's output is kept apart, and they are added as the kernels add.
+RAM holds as many experts as the budget allows, of all layers together, but none of those that a card has. A layer first
+has every expert it lacks read, all at once and past the page cache, each into the slot of one that is wanted less; what
+is in RAM is multiplied meanwhile, and what arrives as it arrives. Experts that mostly followed the chosen ones are read
+ahead for the next layer. Nothing of this shows in the result: each expert's output is kept apart, and they are added as
+the kernels add.
 """
 
 import os
@@ -29,14 +30,15 @@ OnBytes = Callable[[int, int], None]  # told the bytes done, and of how many
 class NvmeTier:
     """The routed experts of a pack, some in RAM and all on the drive. Used from one thread at a time."""
 
-    def __init__(self, pack: Pack, budget: int, *, preadv: Preadv = os.preadv) -> None:
-        """`budget` bytes of RAM; `preadv` does the reading.
+    def __init__(self, pack: Pack, budget: int, *, pinned: Collection[int] = (), preadv: Preadv = os.preadv) -> None:
+        """`budget` bytes of RAM; experts with keys `pinned` are a card's and not asked for; `preadv` does the reading.
 
         Raises DoesNotFit when the budget will not hold what one token needs of a layer.
         """
         config, self.slot_bytes = pack.config, slot_bytes(pack)
-        _require_room(budget, self.slot_bytes, config.num_experts_per_tok)
-        self.slots = open_slots(pack, min(config.num_experts, budget // self.slot_bytes))
+        require_room(budget, self.slot_bytes, config.num_experts_per_tok)
+        self._pinned = frozenset(pinned)
+        self.slots = open_slots(pack, min(config.num_experts - len(self._pinned), budget // self.slot_bytes))
         self.counters = TierCounters()
         self._pack, self._layers, self._experts = pack, config.moe_layers, config.n_routed_experts
         records = {layer: pack.manifest.layers[layer] for layer in self._layers}
@@ -52,6 +54,10 @@ class NvmeTier:
         """int64 [experts], as `LayerExperts` has it."""
         return np.array([sum(self._pack.shapes.sizes(each)) for each in self._pack.manifest.layers[layer].formats])
 
+    def held(self) -> np.ndarray:
+        """bool [layers, experts]: which are in RAM or on the way there. Any thread may ask."""
+        return self._residents.held()
+
     def close(self) -> None:
         """Wait for the reads under way and let go of the files."""
         self._readers.shutdown(cancel_futures=True)
@@ -64,7 +70,7 @@ class NvmeTier:
         Raises CheckpointError when one cannot be read.
         """
         self._residents.expect(odds(counts, self._pack.config.num_experts_per_tok))
-        keys = hottest(counts, self._layers)[: self.slots.count]
+        keys = [key for key in hottest(counts, self._layers) if key not in self._pinned][: self.slots.count]
         wanted, begun, done, total = set(keys), 0, 0, self._bytes_of(keys)
         while begun < len(keys) or self._reading:
             begun += len(self._begin(keys[begun : begun + 2 * READERS - len(self._reading)], wanted))
@@ -82,7 +88,9 @@ class NvmeTier:
         ahead = self._foresee(layer, chosen) if tokens <= FEW else []
         self._residents.note(layer, chosen)
         out = np.empty((tokens * k, x.shape[1]), np.float32)
-        for group in self._groups((layer * self._experts + chosen).tolist(), ahead):
+        keys = (layer * self._experts + chosen).tolist()
+        assert self._pinned.isdisjoint(keys), "an expert that is only on the card"
+        for group in self._groups(keys, ahead):
             place = np.full(len(chosen), -1)
             place[np.searchsorted(chosen, np.array(group) % self._experts)] = np.arange(len(group))
             pairs = np.flatnonzero(place[which] >= 0)
@@ -124,7 +132,8 @@ class NvmeTier:
             self._following.learn(before, earlier, chosen)
         if layer + 1 not in self._files:
             return []
-        return ((layer + 1) * self._experts + self._following.likely(layer, chosen)).tolist()
+        likely = ((layer + 1) * self._experts + self._following.likely(layer, chosen)).tolist()
+        return [key for key in likely if key not in self._pinned]
 
     def _recall(self, wanted: set[int]) -> None:
         """Give up reads of others that have not begun."""
@@ -205,7 +214,8 @@ def hottest(counts: np.ndarray, layers: Sequence[int]) -> list[int]:
     return sorted(keys, key=lambda key: -counts[key // experts, key % experts])
 
 
-def _require_room(budget: int, size: int, needed: int) -> None:
+def require_room(budget: int, size: int, needed: int) -> None:
+    """Raise DoesNotFit unless `budget` bytes hold `needed` experts of `size` bytes."""
     if budget // size < needed:
         raise DoesNotFit(
             f"{budget / GIB:.2f} GiB of RAM hold {budget // size:,} experts of {size / 1e6:.1f} MB, and a token needs "

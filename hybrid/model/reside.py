@@ -1,31 +1,33 @@
-"""Where a model's weights will live: on a card, in RAM, or on the drive.
+"""Where a model's weights will live: on a card, in RAM, or on the drive. The plan says so, and here it is obeyed.
 
-On a card whose kernels compute what they should and whose memory, by the plan's arithmetic, holds them. What it does
-not get is said in one line, as a warning, and done by the CPU. Of a card that is really there, nothing here was run.
+On a card if its kernels compute what they should and the plan has it in use. What it does not get is said in one line,
+as a warning, and done by the CPU. Of a card that is really there, nothing here was run.
 """
 
 import logging
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
 import torch
 
 from hybrid.checkpoint import Checkpoint, Pack
+from hybrid.config import ModelConfig
 from hybrid.errors import DoesNotFit, UsageError
 from hybrid.memory import parts
 from hybrid.memory.expert_cache import ExpertCache
-from hybrid.memory.expert_store import PackedExperts
-from hybrid.memory.hardware import Hardware, available_ram, probe
-from hybrid.memory.known import known
-from hybrid.memory.place import Options, Placement, place
-from hybrid.memory.tiers import NvmeTier, OnBytes
+from hybrid.memory.expert_store import stored_experts
+from hybrid.memory.hardware import Hardware, probe
+from hybrid.memory.known import Known, known_pack, options_for
+from hybrid.memory.place import NVME, Options, Placement
+from hybrid.memory.plan import choose
+from hybrid.memory.tiers import NvmeTier, OnBytes, hottest, require_room
 from hybrid.model.gpu import find_card, first_line
-from hybrid.model.moe import MoE
 from hybrid.model.transformer import Residence, Transformer
 
 CPU, GIB = torch.device("cpu"), 1 << 30
-SPARE = 16  # of the free memory, one part in so many is left free where experts take what they can get
+BUFFERS = ("workspace", "prefill activations", "pinned staging")  # the plan's parts that are no weights
 
 log = logging.getLogger(__name__)
 
@@ -44,96 +46,146 @@ def reside(device: torch.device, dtype: torch.dtype, exact: bool, threads: int) 
     return Residence(device, dtype, exact, threads, card)
 
 
-def fit(checkpoint: Checkpoint, residence: Residence, tokens: int, gpu_experts: int | None) -> tuple[Residence, int]:
-    """`residence`, or the CPU if the card does not hold the resident weights and a KV cache of `tokens` tokens; and how
-    many experts get slots beside them: `gpu_experts`, or as many as the plan says.
+# -- the plan ---------------------------------------------------------------------------------------------------------
+def settle(
+    checkpoint: Checkpoint,
+    residence: Residence,
+    tokens: int,
+    *,
+    ram_budget: int | None = None,
+    gpu_experts: int | None = None,
+) -> tuple[Residence, Placement]:
+    """The plan by which `checkpoint` is loaded, with a KV cache of `tokens` tokens and what is free now; and
+    `residence`, or the CPU if the plan has no use for the card. `ram_budget` and `gpu_experts` as `Options` has them.
 
-    Raises UsageError for slots without a card to have them on.
+    Raises, before a weight is read, UsageError for what is not there to be used and DoesNotFit, with the sizes.
     """
     if gpu_experts and residence.card is None:
         raise UsageError("No expert can be kept on a card here: there is none in use.", "Leave out --gpu-experts.")
-    slots = gpu_experts or 0
-    if residence.device.type == "cuda":
-        placement = placed(checkpoint, probe(), residence.device.index or 0, tokens)
-        if not placement.on_gpu:
-            log.warning("The card does not hold the resident weights and the KV cache; it is not used.")
-            return replace(residence, device=CPU, card=None), 0
-        slots = placement.vram_slots if gpu_experts is None and residence.card is not None else slots
-    return residence, slots
-
-
-def placed(checkpoint: Checkpoint, hardware: Hardware, index: int, tokens: int) -> Placement:
-    """The plan for `checkpoint` as it is stored, on card `index` of `hardware`, with what is free there."""
-    found = known(str(checkpoint.path))
-    mix = found.stored or parts.native(found.config)
-    card = hardware.gpus[index]
-    room = min(card.memory_total, card.memory_free + parts.CUDA_CONTEXT)  # what is free is so beside our own context
-    hardware = replace(hardware, gpus=(card._replace(memory_total=room),))
-    return place(found.config, hardware, Options(ctx=tokens, resident=found.stored_resident, stored=mix), mix)
-
-
-def keep_hot(model: Transformer, slots: int, counts: np.ndarray, on_bytes: OnBytes) -> ExpertCache | None:
-    """Give `slots` experts room on the model's card, first those of the highest `counts` [layers, experts].
-
-    None where there are no slots or no experts in RAM that our kernels take, and where the card has not got the memory.
-    Raises KimiError if copying an expert fails.
-    """
-    layers = [block.ffn.experts for block in model.blocks if isinstance(block.ffn, MoE)]
-    in_ram = [experts.expert_bytes.max() for experts in layers if isinstance(experts, PackedExperts)]
-    if not slots or not in_ram or model.card is None:
-        return None
-    try:
-        cache = ExpertCache(model.config, slots, int(max(in_ram)), model.card.device)
-    except RuntimeError as error:
-        log.warning("No experts are kept on the card: %s", first_line(error))
-        return None
-    model.keep_hot(cache)
-    cache.fill(counts, on_bytes)
-    return cache
-
-
-# -- RAM -------------------------------------------------------------------------------------------------------------
-def load_bytes(checkpoint: Checkpoint, residence: Residence) -> int:
-    """Bytes that `Transformer` will read."""
-    parts = _parts(checkpoint, residence)
-    return sum(parts.values()) - (0 if residence.tier is None else parts["routed_experts"])
-
-
-def _parts(checkpoint: Checkpoint, residence: Residence) -> dict[str, int]:
-    """Bytes of the parts that are loaded, wherever to."""
-    ours = residence.device.type == "cpu" or residence.card is not None
-    return checkpoint.load_bytes(residence.dtype.itemsize, packed=ours and not residence.exact)
-
-
-def _ram_bytes(checkpoint: Checkpoint, residence: Residence, tokens: int) -> dict[str, int]:
-    """Bytes of the parts that will be in RAM, with a KV cache of `tokens` tokens."""
-    parts, config = _parts(checkpoint, residence), checkpoint.config
-    if residence.device.type != "cpu":
-        embedding = config.vocab_size * config.hidden_size * residence.dtype.itemsize
-        return {"routed_experts": parts["routed_experts"], "embedding": embedding}
-    return parts | {"KV_cache": tokens * config.kv_bytes_per_token(residence.dtype.itemsize)}
-
-
-def open_tier(checkpoint: Checkpoint, residence: Residence, tokens: int, ram_budget: int | None) -> NvmeTier | None:
-    """None where all routed experts are to be in RAM, else what keeps `ram_budget` bytes of them there.
-
-    Refuses, with the sizes, what memory cannot hold: before a weight is read.
-    """
-    parts = _ram_bytes(checkpoint, residence, tokens)
-    experts, needed, available = parts["routed_experts"], sum(parts.values()), available_ram()
-    room = available - (needed - experts)
-    pack = checkpoint if isinstance(checkpoint, Pack) and not residence.exact else None
-    if ram_budget is not None and pack is None:
+    is_pack = isinstance(checkpoint, Pack) and not residence.exact
+    if ram_budget is not None and not is_pack:
         raise UsageError("Only packs, with int8 activations, run with a RAM budget.", "Make one: kimi-local quantize.")
-    if pack is not None and ram_budget is not None and ram_budget < experts and ram_budget <= room:
-        return NvmeTier(pack, ram_budget)
-    if pack is not None and ram_budget is None and 0 < room < experts:
-        return NvmeTier(pack, max(0, room - available // SPARE))
-    if experts > room:
-        sizes = ", ".join(f"{name.replace('_', ' ')} {size / GIB:,.1f} GiB" for name, size in parts.items())
-        raise DoesNotFit(
-            f"This model needs {needed / GIB:,.1f} GiB of memory ({sizes}; {tokens:,} tokens of context) and "
-            f"{available / GIB:,.1f} GiB are free.",
-            "Nothing was read. Use a smaller --ctx or --ram-budget, a smaller model, or a machine with more memory.",
-        )
-    return None
+    found, hardware = _known(checkpoint), machine(residence)
+    mix = found.stored or parts.native(found.config)
+    no_slots = residence.card is None or ("bf16", "bf16") in mix.counts  # which no kernel of ours multiplies
+    options = options_for(
+        found,
+        hardware,
+        running=True,
+        ctx=tokens,
+        resident=_kept_as(found, residence),
+        kv="fp32" if residence.dtype == torch.float32 else "bf16",
+        nvme=is_pack,
+        ram_budget=ram_budget,
+        gpu_experts=0 if no_slots else gpu_experts,
+    )
+    placement = choose(found.config, hardware, options)
+    if hardware.gpus and not placement.on_gpu:
+        log.warning(placement.notes[0])
+        return settle(checkpoint, replace(residence, device=CPU, card=None), tokens, ram_budget=ram_budget)
+    if not placement.fits:
+        _refuse(placement, options, found.config)
+    return residence, placement
+
+
+def machine(residence: Residence) -> Hardware:
+    """This machine as it is now, with the card that `residence` uses and what is free on it, or with none."""
+    hardware = probe()
+    if residence.device.type == "cpu" and residence.card is None:
+        return replace(hardware, gpus=())
+    card = hardware.gpus[residence.device.index or 0]
+    room = min(card.memory_total, card.memory_free + parts.CUDA_CONTEXT)  # what is free is so beside our own context
+    return replace(hardware, gpus=(card._replace(memory_total=room),))
+
+
+def _known(checkpoint: Checkpoint) -> Known:
+    if isinstance(checkpoint, Pack):
+        return known_pack(checkpoint.path, checkpoint.config, checkpoint.manifest)
+    return Known(str(checkpoint.path), checkpoint.config)
+
+
+def _kept_as(found: Known, residence: Residence) -> str:
+    """What resident weights are kept in; only our own kernels read packed ones."""
+    if residence.dtype == torch.float32:
+        return "fp32"
+    return found.stored_resident if _ours(residence) else "bf16"
+
+
+def _ours(residence: Residence) -> bool:
+    return (residence.device.type == "cpu" or residence.card is not None) and not residence.exact
+
+
+def _refuse(placement: Placement, options: Options, config: ModelConfig) -> None:
+    """Raise DoesNotFit with the sizes that matter."""
+    if options.ram_budget is not None:
+        require_room(options.ram_budget, placement.mix.largest(config), config.num_experts_per_tok)
+    ram = dict(placement.ram.parts)
+    free = placement.ram.size - ram.pop("system")
+    needed, cache = free + placement.lacks, ram.pop("KV cache", 0)
+    sizes = {
+        "routed experts": needed - cache - sum(ram.values()),
+        "buffers": sum(ram.pop(name, 0) for name in BUFFERS),
+        "resident weights": sum(ram.values()),
+        "KV cache": cache,
+    }
+    spelt = ", ".join(f"{name} {size / GIB:,.1f} GiB" for name, size in sizes.items() if size)
+    least = "at least " if options.nvme else ""
+    raise DoesNotFit(
+        f"This model needs {least}{needed / GIB:,.1f} GiB of memory ({spelt}; {options.ctx:,} tokens of context) and "
+        f"{free / GIB:,.1f} GiB are free.",
+        "Nothing was read. Use a smaller --ctx or --ram-budget, a smaller model, or a machine with more memory.",
+    )
+
+
+# -- obeying it -------------------------------------------------------------------------------------------------------
+def load_bytes(checkpoint: Checkpoint, residence: Residence, placement: Placement) -> int:
+    """Bytes that `Transformer` will read: resident weights as headers tell, and the plan's experts in RAM."""
+    resident = checkpoint.load_bytes(residence.dtype.itemsize, packed=_ours(residence))["resident"]
+    return resident + (placement.expert_bytes if placement.tier != NVME else 0)
+
+
+def furnish(checkpoint: Checkpoint, residence: Residence, placement: Placement, counts: np.ndarray) -> Residence:
+    """`residence` with what the plan says of experts: which ones, those of the highest `counts` [layers, experts], only
+    the card is to have, and the tier of those on the drive."""
+    pinned = None
+    if placement.exclusive:
+        pinned = np.zeros(counts.shape, bool)
+        pinned.flat[hottest(counts, checkpoint.config.moe_layers)[: placement.vram_slots]] = True
+    if placement.tier != NVME:
+        return replace(residence, pinned=pinned)
+    assert isinstance(checkpoint, Pack)
+    keys = [] if pinned is None else np.flatnonzero(pinned).tolist()
+    return replace(residence, pinned=pinned, tier=NvmeTier(checkpoint, placement.expert_bytes, pinned=keys))
+
+
+def fill_card(
+    model: Transformer,
+    checkpoint: Checkpoint,
+    placement: Placement,
+    pinned: np.ndarray | None,
+    counts: np.ndarray,
+    on_bytes: OnBytes,
+) -> None:
+    """Take the plan's slots for experts on the model's card, and fill them: for good with those `pinned` bool [layers,
+    experts], else with copies of those of the highest `counts`.
+
+    Where copies have no room, a warning says so. Raises DoesNotFit where pinned ones have none, KimiError if copying an
+    expert fails.
+    """
+    if not placement.vram_slots or model.card is None:
+        return
+    size = placement.mix.largest(model.config)
+    try:
+        cache = ExpertCache(model.config, placement.vram_slots, size, model.card.device)
+    except RuntimeError as error:
+        if pinned is not None:
+            reason = f"The card has no room for {placement.vram_slots:,} experts: {first_line(error)}"
+            raise DoesNotFit(reason, "Use a smaller --gpu-experts.") from error
+        log.warning("No experts are kept on the card: %s", first_line(error))
+        return
+    if pinned is None:
+        model.keep_hot(cache)
+        cache.fill(counts, on_bytes)
+    else:
+        model.keep_hot(cache, partial(stored_experts, checkpoint))
+        cache.pin(np.flatnonzero(pinned).tolist(), on_bytes)

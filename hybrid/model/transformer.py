@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hybrid.checkpoint import Checkpoint
 from hybrid.memory.expert_cache import ExpertCache
-from hybrid.memory.expert_store import load_experts
+from hybrid.memory.expert_store import Stored, load_experts
 from hybrid.memory.kv_cache import KVCache
 from hybrid.memory.router_stats import RouterStats
 from hybrid.memory.tiers import NvmeTier
@@ -51,6 +52,7 @@ class Residence:
     threads: int
     card: Card | None = None  # `device`, if our own kernels run there
     tier: NvmeTier | None = None  # of the checkpoint's routed experts, where RAM will not hold them all
+    pinned: np.ndarray | None = None  # bool [layers, experts]: those that the card is to have and RAM is not
 
 
 def load_block(weights: Weights, residence: Residence, layer: int, stats: RouterStats) -> Block:
@@ -75,6 +77,7 @@ def _load_moe(weights: Weights, residence: Residence, layer: int, stats: RouterS
         dtype=residence.dtype,
         threads=residence.threads,
         tier=residence.tier,
+        pinned=None if residence.pinned is None else residence.pinned[layer],
     )
     shared = GatedMLP.load(weights, f"{prefix}.shared_experts") if config.n_shared_experts else None
     return MoE(layer, Router.load(config, weights, f"{prefix}.gate"), experts, shared, stats)
@@ -106,14 +109,18 @@ class Transformer:
         tied = self.embed_tokens.nbytes if config.tie_word_embeddings else 0
         self.resident_bytes = weights.matrix_bytes + tied if residence.device.type == "cpu" else 0
 
-    def keep_hot(self, cache: ExpertCache) -> None:
-        """From now on the card multiplies what `cache` holds: copies of some experts that the host has in RAM."""
+    def keep_hot(self, cache: ExpertCache, stored: Callable[[int], Stored] | None = None) -> None:
+        """From now on the card multiplies what `cache` holds: copies of some experts that the host has in RAM, or
+        experts of a layer as they are `stored`, where it has not got them all."""
         from hybrid.model.gpu.slots import CardSlots  # needs Triton, as nothing without a card does
 
         assert self.card is not None
         slots, crossing = CardSlots(self.card, cache), Crossing(self.config, self.card.device, self.norm.dtype, cache)
         for layer, block in enumerate(self.blocks):
-            if isinstance(block.ffn, MoE) and (on_card := slots.add(layer, block.ffn.experts)) is not None:
+            if not isinstance(block.ffn, MoE):
+                continue
+            on_card = slots.add(layer, block.ffn.experts, None if stored is None else stored(layer))
+            if on_card is not None:
                 self.blocks[layer] = replace(block, ffn=replace(block.ffn, hot=Hot(cache, on_card, crossing)))
         self.cache, self.stats.cache = cache, cache.counters
 

@@ -1,6 +1,7 @@
 """The application: which path leads where, and every error in the envelope of the API that was called."""
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,21 +15,19 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from hybrid.errors import KimiError
+from hybrid.grammar import Grammars
 from hybrid.kimi import Kimi
 from hybrid.reply import Reply
 from hybrid.serve import chat, completions, messages, responses, tokens
 from hybrid.serve.desk import Desk
-from hybrid.serve.grammar import Grammars
 from hybrid.serve.guard import Guard
+from hybrid.serve.insight import Inside
 from hybrid.serve.job import EventStream, Job, StartReply, unless_gone
 from hybrid.serve.openai_shapes import ChatCompletion, Completion, ModelCard, ModelList
-from hybrid.serve.refusal import ErrorBody, Refusal, bad_request, failure, json_response, refuse
+from hybrid.serve.refusal import DOCUMENTED, STREAMED, Refusal, bad_request, failure, json_response, refuse
+from hybrid.serve.site import page_router
 
 MIB = 1 << 20
-DOCUMENTED: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "Refused; `error.param` names what is wrong."}
-}
-STREAMED = DOCUMENTED | {200: {"content": {"text/event-stream": {}}, "description": "With `stream`: events."}}
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Routes:
         self.kimi = kimi
         self.desk = desk
         self.settings = settings
-        self.grammars = Grammars(kimi)
+        self.grammars = Grammars(kimi.tokenizer, kimi.config.vocab_size, kimi.stop_ids)
         self.started = int(time.time())
         self.router = APIRouter()
         self._add("/health", self.health, "GET")
@@ -71,9 +70,9 @@ class Routes:
         self.router.add_api_route(path, endpoint, methods=[method], **{"responses": DOCUMENTED, **more})
 
     # -- what is there ----------------------------------------------------------------------------------------------
-    async def health(self) -> dict[str, str]:
-        """Whether the server answers; needs no key."""
-        return {"status": "ok"}
+    async def health(self) -> dict[str, str | int]:
+        """Whether the server answers, and which process it is; needs no key."""
+        return {"status": "ok", "pid": os.getpid()}
 
     async def metrics(self) -> Response:
         """What was counted so far, in Prometheus' text format."""
@@ -94,7 +93,16 @@ class Routes:
         raise Refusal(501, "This model makes no embeddings.", code="unsupported_endpoint")
 
     def _card(self) -> ModelCard:
-        meta = {"vocab_size": self.kimi.config.vocab_size, "thinking": self.kimi.default_thinking}
+        config = self.kimi.config
+        meta = {
+            "vocab_size": config.vocab_size,
+            "thinking": self.kimi.default_thinking,
+            "layers": config.num_hidden_layers,
+            "experts": config.n_routed_experts,
+            "experts_per_token": config.num_experts_per_tok,
+            "generation_config": self.kimi.generation_config,
+            "sampling": {name: sampling_defaults(self.kimi, name == "thinking") for name in ("thinking", "instant")},
+        }
         card = {"id": self.kimi.name, "object": "model", "created": self.started, "owned_by": "kimi-local"}
         return {**card, "max_model_len": self.kimi.ctx, "meta": meta}  # type: ignore[typeddict-item]
 
@@ -104,6 +112,7 @@ class Routes:
         turn = chat.to_turn(self.kimi, body)
         job, reply = await self._begin(chat.start_turn(self.kimi, self.grammars, turn, call_pieces=bool(body.stream)))
         form = chat.ChatForm(self.kimi, body, turn, reply)
+        job.name = form.id
         if body.stream:
             return EventStream(job, form.stream(job, self.settings.keep_alive_s))
         return await self._whole(request, [job], form.whole(job))
@@ -187,13 +196,22 @@ class Routes:
         return Response(status_code=499) if body is None else json_response(body)
 
 
+def sampling_defaults(kimi: Kimi, thinking: bool) -> dict[str, Any]:
+    """What applies where a request says nothing."""
+    params = kimi.default_params(thinking)
+    return {name: getattr(params, name) for name in ("temperature", "top_p", "top_k", "min_p", "max_tokens")}
+
+
 def create_app(kimi: Kimi, desk: Desk, settings: Settings) -> ASGIApp:
     """Everything between a connection and the model."""
     app = FastAPI(title="kimi-local", version=version("kimi-local"), docs_url=None, redoc_url=None)
     app.include_router(Routes(kimi, desk, settings).router)
+    app.include_router(Inside(kimi, desk, settings.keep_alive_s).router)
+    app.include_router(page_router())
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(KimiError, _told)
     app.add_exception_handler(Exception, _bug)
     return Guard(app, host=settings.host, api_key=settings.api_key, body_limit=settings.body_limit)
 
@@ -219,6 +237,12 @@ async def _http(request: Request, error: Exception) -> Response:
     return refuse(request.url.path, Refusal(error.status_code, message, headers=error.headers))
 
 
+async def _told(request: Request, error: Exception) -> Response:
+    assert isinstance(error, KimiError)
+    return refuse(request.url.path, bad_request(error))
+
+
 async def _bug(request: Request, error: Exception) -> Response:
-    """What went wrong is in the server's log and no client's business."""
-    return refuse(request.url.path, Refusal(500, "The server has failed; its log says why."))
+    """What went wrong is in the server's log and no client's business. The connection ends with it, which is said."""
+    why = Refusal(500, "The server has failed; its log says why.", headers={"connection": "close"})
+    return refuse(request.url.path, why)

@@ -2,14 +2,18 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hybrid.chat.forms import answer_grammar, held_to
 from hybrid.chat.message import CallPiece, Message, Part, Text, Think, ToolCall
+from hybrid.chat.switch import wanted_thinking
 from hybrid.errors import KimiError
+from hybrid.grammar import Grammars
 from hybrid.kimi import Kimi
+from hybrid.likelihood import chat_logprobs
 from hybrid.progress import OnProgress
 from hybrid.reply import Reply
 from hybrid.serve.asked import (
@@ -25,13 +29,11 @@ from hybrid.serve.asked import (
     to_messages,
 )
 from hybrid.serve.figures import finish_reason, timings, usage
-from hybrid.serve.grammar import Grammars, answer_grammar, calls_grammar, either
 from hybrid.serve.job import Event, Job, Prefill
-from hybrid.serve.likelihood import chat_logprobs
 from hybrid.serve.openai_shapes import Answer, ChatCompletion
 from hybrid.serve.refusal import envelope, failure, to_json, unsupported
 
-EFFORTS = {"none": False, "minimal": True, "low": True, "medium": True, "high": True, "xhigh": True, "max": True}
+SWITCHES = {"thinking", "chat_template_kwargs", "enable_thinking", "reasoning_effort"}
 
 
 class ChatMessage(BaseModel):
@@ -76,16 +78,6 @@ class ChatRequest(Penalised):
     modalities: list[str] | None = None
 
 
-def wanted_thinking(body: ChatRequest) -> bool | None:
-    """The switch in whichever spelling it came; None where it did not."""
-    if body.thinking is not None:
-        return body.thinking.type != "disabled"
-    extra = body.chat_template_kwargs or {}
-    spelled = (extra.get("thinking"), extra.get("enable_thinking"), body.enable_thinking)
-    found = next((bool(value) for value in spelled if value is not None), None)
-    return EFFORTS.get(body.reasoning_effort or "") if found is None else found
-
-
 def to_turn(kimi: Kimi, body: ChatRequest) -> Turn:
     """Raises Refusal for what is not there, each by its name."""
     refuse_several(body.n)
@@ -93,7 +85,7 @@ def to_turn(kimi: Kimi, body: ChatRequest) -> Turn:
         raise unsupported("functions", "`functions` is an old spelling. Send `tools`.")
     if body.modalities and body.modalities != ["text"]:
         raise unsupported("modalities", "Answers are text.")
-    thinking = effective_thinking(kimi, wanted_thinking(body))
+    thinking = effective_thinking(kimi, wanted_thinking(body.model_dump(include=SWITCHES)))
     budget = body.thinking.budget_tokens if body.thinking else None
     sampling = params(
         kimi,
@@ -106,27 +98,6 @@ def to_turn(kimi: Kimi, body: ChatRequest) -> Turn:
     messages = to_messages([message.model_dump() for message in body.messages])
     tools, grammar = held_to(body.tools, body.tool_choice, answer_grammar(body.response_format))
     return Turn(messages, sampling, tools, thinking, body.thinking_budget or budget, grammar)
-
-
-def held_to(
-    tools: Sequence[dict[str, Any]] | None, choice: str | Mapping[str, Any] | None, answer: str | None
-) -> tuple[list[dict[str, Any]] | None, str | None]:
-    """The tools to declare, and the grammar of what is to come, where `answer` is the rule of an answer in text.
-
-    Tools that must not be called are not declared: the model is not to know of them then. Raises Refusal.
-    """
-    tools = list(tools or ()) or None
-    if choice == "none" or (tools is None and choice in (None, "auto")):
-        return None, either(answer)
-    if choice in (None, "auto"):
-        return tools, either(answer, calls_grammar(tools or (), None)) if answer else None
-    if choice == "required":
-        return tools, either(calls_grammar(tools or (), None))
-    function = choice.get("function", choice) if isinstance(choice, Mapping) else {}
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str):
-        raise unsupported("tool_choice", "tool_choice may be auto, none, required or one function by its name.")
-    return tools, either(calls_grammar(tools or (), name))
 
 
 def start_turn(kimi: Kimi, grammars: Grammars, turn: Turn, *, call_pieces: bool) -> Callable[..., Reply]:
@@ -155,7 +126,8 @@ class ChatForm:
         self._body = body
         self._turn = turn
         self._reply = reply
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": kimi.name}
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._head = {"id": self.id, "created": int(time.time()), "model": kimi.name}
         self._told = 0  # tokens whose logprobs are told
         self._calls: list[str] = []
 

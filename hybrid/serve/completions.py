@@ -3,21 +3,21 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from hybrid.chat.message import Text
-from hybrid.engine.request import TokenLogprobs
+from hybrid.engine.request import TokenLogprobs, token_logprobs
 from hybrid.errors import KimiError
 from hybrid.kimi import Kimi
+from hybrid.likelihood import text_logprobs
 from hybrid.reply import Reply
 from hybrid.serve.asked import MAX_LOGPROBS, Penalised, params, refuse_several, stops
 from hybrid.serve.chat import StreamOptions
 from hybrid.serve.figures import finish_reason, timings, usage
 from hybrid.serve.job import Job
-from hybrid.serve.likelihood import prompt_logprobs, text_logprobs
 from hybrid.serve.openai_shapes import Completion, TextChoice, TextLogprobs, Usage
 from hybrid.serve.refusal import Refusal, envelope, failure, to_json, unsupported
 from hybrid.serve.tokens import TokenId, require_known
@@ -83,6 +83,13 @@ def echoed_logprobs(kimi: Kimi, body: CompletionRequest, asked: list[list[int]])
     if not body.echo or body.logprobs is None:
         return [[] for _ in asked]
     return [prompt_logprobs(kimi, prompt, body.logprobs) for prompt in asked]
+
+
+def prompt_logprobs(kimi: Kimi, prompt: Sequence[int], count: int) -> list[TokenLogprobs | int]:
+    """How likely the model finds each id of `prompt` after those before it; the first one stands as it is."""
+    rows = kimi.logits(prompt[:-1]) if len(prompt) > 1 else ()
+    told = [token_logprobs(row, token, count) for row, token in zip(rows, prompt[1:], strict=True)]
+    return [prompt[0], *told]
 
 
 class TextForm:

@@ -30,6 +30,7 @@ class Desk:
         self._parallel = parallel
         self._lock = threading.Lock()
         self._jobs: set[Job] = set()
+        self.stopped = False  # streams that no job ends look here
         self._totals: defaultdict[str, float] = defaultdict(float)
 
     def open(self, start: StartReply) -> Job:
@@ -43,8 +44,19 @@ class Desk:
             self._totals["requests_total"] += 1
         return job
 
+    def find(self, name: str) -> Job | None:
+        """The answer of that name, while it is being made."""
+        with self._lock:
+            return next((job for job in self._jobs if job.name == name), None)
+
+    def total(self, name: str) -> float:
+        """What a counter of HELP says of the answers that ended."""
+        with self._lock:
+            return self._totals[name]
+
     def stop(self) -> None:
         """End all answers where they are."""
+        self.stopped = True
         for job in list(self._jobs):
             job.stop()
 

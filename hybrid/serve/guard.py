@@ -14,7 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybrid.serve.refusal import Refusal, refuse
 
-OPEN_PATHS = ("/health",)  # told without the key: whoever watches over a machine has none
+# Given without the key: whoever watches over a machine has none, and the page is what asks for it.
+OPEN_PATHS, OPEN_FOLDER = ("/health", "/"), "/page/"
 
 
 class Guard:
@@ -59,7 +60,7 @@ class Guard:
         return True
 
     def _check_key(self, path: str, headers: dict[str, str]) -> None:
-        if self.api_key is None or path in OPEN_PATHS:
+        if self.api_key is None or path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip() if scheme.casefold() == "bearer" else headers.get("x-api-key", "")

@@ -44,6 +44,7 @@ class Job:
         self._begun = time.perf_counter()
         self._cached = 0
         self.running = False
+        self.name = ""  # what its client knows it by
         self._thread = threading.Thread(target=self._run, name="reply", daemon=True)
         self._thread.start()
 
@@ -136,16 +137,16 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(StreamingResponse):
-    """A response of server-sent events, which ends, and with it the job, when the client leaves."""
+    """A response of server-sent events, which ends, and with it the job if there is one, when the client leaves."""
 
-    def __init__(self, job: Job, chunks: AsyncIterator[str]) -> None:
+    def __init__(self, job: Job | None, chunks: AsyncIterator[str]) -> None:
         super().__init__(chunks, headers={"cache-control": "no-cache"}, media_type="text/event-stream")
-        self._job = job
+        self._jobs = [job] if job is not None else []
         self._chunks = chunks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await unless_gone(receive, [self._job], self._write(send))
+        await unless_gone(receive, self._jobs, self._write(send))
 
     async def _write(self, send: Send) -> None:
         async for chunk in self._chunks:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict
 
+from hybrid.chat.forms import held_to
 from hybrid.chat.message import CallPiece, Message, Text, Think, ToolCall
 from hybrid.errors import KimiError
 from hybrid.kimi import Kimi
@@ -23,7 +24,6 @@ from hybrid.serve.asked import (
     stops,
     to_messages,
 )
-from hybrid.serve.chat import held_to
 from hybrid.serve.job import Event, Job
 from hybrid.serve.refusal import ANTHROPIC, Refusal, envelope, failure, to_json, unsupported
 from hybrid.stats import Stats

@@ -4,6 +4,8 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
+from hybrid.likelihood import Logprobs, TextLogprobs
+
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -46,22 +48,6 @@ class Call(TypedDict):
     function: Function
 
 
-class Likely(TypedDict):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class TokenLikelihood(Likely):
-    top_logprobs: list[Likely]
-
-
-class Logprobs(TypedDict):
-    """Of every token made, reasoning included, before penalties and temperature."""
-
-    content: list[TokenLikelihood]
-
-
 class Answer(TypedDict):
     role: Literal["assistant"]
     content: str | None
@@ -86,13 +72,6 @@ class ChatCompletion(TypedDict):
     usage: Usage
     timings: Timings
     thinking: bool
-
-
-class TextLogprobs(TypedDict):
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
 
 
 class TextChoice(TypedDict):

@@ -7,7 +7,8 @@ from typing import Any, NotRequired
 from fastapi import Response
 from typing_extensions import TypedDict
 
-from hybrid.engine.request import Full
+from hybrid.chat.forms import BadForm
+from hybrid.engine.request import Closed, Full
 from hybrid.errors import ContextExceeded, KimiError, UsageError
 
 ANTHROPIC = "/v1/messages"
@@ -25,6 +26,12 @@ class ErrorBody(TypedDict):
 
     error: ErrorFacts
 
+
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "Refused; `error.param` names what is wrong."},
+    503: {"model": ErrorBody, "description": "An error has ended the engine; the server must be started again."},
+}
+STREAMED = DOCUMENTED | {200: {"content": {"text/event-stream": {}}, "description": "With `stream`: events."}}
 
 KINDS = {
     400: "invalid_request_error",
@@ -88,6 +95,11 @@ def bad_request(error: KimiError, fields: tuple[str, ...] = ()) -> Refusal:
     """The refusal of a request for which `error` was raised before anything was computed."""
     if isinstance(error, Full):
         return Refusal(429, str(error), code="queue_full", headers={"retry-after": "1"})
+    if isinstance(error, Closed):
+        remedy = "The server must be started again; its log says why."
+        return Refusal(503, f"{error.message} {remedy}", code="engine_closed")
+    if isinstance(error, BadForm):
+        return Refusal(400, str(error), param=error.param, code=error.code)
     if isinstance(error, ContextExceeded):
         return Refusal(400, str(error), param="messages", code="context_length_exceeded")
     param = next((name for name in fields if error.message.startswith(f"{name} is ")), None)

@@ -8,13 +8,13 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict
 
+from hybrid.chat.forms import answer_grammar, held_to
 from hybrid.chat.message import CallPiece, Message, Text, Think, ToolCall
+from hybrid.chat.switch import wanted_thinking
 from hybrid.errors import KimiError
 from hybrid.kimi import Kimi
 from hybrid.reply import Reply
 from hybrid.serve.asked import Asked, Positive, Turn, effective_thinking, params, refuse_media, to_messages
-from hybrid.serve.chat import EFFORTS, held_to
-from hybrid.serve.grammar import answer_grammar
 from hybrid.serve.job import Event, Job
 from hybrid.serve.refusal import Refusal, failure, to_json, unsupported
 
@@ -72,7 +72,7 @@ def to_turn(kimi: Kimi, body: ResponseRequest) -> Turn:
         if getattr(body, name):
             raise unsupported(name, "Nothing is kept between requests: send the whole conversation as `input`.")
     effort = body.reasoning.effort if body.reasoning else None
-    thinking = effective_thinking(kimi, EFFORTS.get(effort or ""))
+    thinking = effective_thinking(kimi, wanted_thinking({"reasoning_effort": effort}))
     answer = answer_grammar((body.text or {}).get("format"))
     tools, grammar = held_to([_tool(tool) for tool in body.tools or ()], body.tool_choice, answer)
     sampling = params(kimi, body, thinking, max_tokens=body.max_output_tokens)

@@ -74,10 +74,19 @@ def test_one_name_for_two_lines_is_refused_naming_both() -> None:
     ({"messages": [{"content": "x"}]}, "messages[0]", "invalid_request"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]", "unsupported_content"),
     ({"messages": HI, "n": 2}, "n", "unsupported_parameter"),
-    ({"messages": HI, "logprobs": True}, "logprobs", "unsupported_parameter"),
-    ({"messages": HI, "stop": "x"}, "stop", "unsupported_parameter"),
-    ({"messages": HI, "response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-    ({"messages": HI, "tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
+    ({"messages": HI, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_request"),
+    ({"messages": HI, "stop": 3}, "stop", "invalid_request"),
+    ({"messages": HI, "stop": ["a", None]}, "stop", "invalid_request"),
+    ({"messages": HI, "presence_penalty": 3}, "presence_penalty", "invalid_request"),
+    ({"messages": HI, "repetition_penalty": 0}, "repetition_penalty", "invalid_request"),
+    ({"messages": HI, "logit_bias": {"x": 1}}, "logit_bias", "invalid_request"),
+    ({"messages": HI, "logit_bias": {"1": 101}}, "logit_bias", "invalid_request"),
+    ({"messages": HI, "logit_bias": [1]}, "logit_bias", "invalid_request"),
+    ({"messages": HI, "response_format": {"type": "xml"}}, "response_format", "unsupported_parameter"),
+    ({"messages": HI, "response_format": {"type": "json_schema"}}, "response_format", "invalid_request"),
+    ({"messages": HI, "response_format": "json"}, "response_format", "invalid_request"),
+    ({"messages": HI, "tool_choice": "required"}, "tool_choice", "invalid_request"),
+    ({"messages": HI, "tool_choice": "whatever"}, "tool_choice", "unsupported_parameter"),
     ({"messages": HI, "tools": "x"}, "tools", "invalid_request"),
     ({"messages": HI, "temperature": -1}, "temperature", "invalid_request"),
     ({"messages": HI, "temperature": "hot"}, "temperature", "invalid_request"),
@@ -118,10 +127,25 @@ def test_what_asks_for_nothing_is_accepted() -> None:
     harmless = {"n": 1, "stop": None, "logprobs": False, "presence_penalty": 0.0, "response_format": {"type": "text"}}
     unknown = {"store": True, "metadata": {"a": 1}, "user": "x", "service_tier": "flex", "invented": 3, "model": "any"}
     line = only({"messages": HI, **harmless, **unknown, "max_completion_tokens": 7, "seed": -1, "top_k": 3})
-    assert line.asked.sampling == {"max_tokens": 7, "seed": (1 << 63) - 1, "top_k": 3}
+    assert line.asked.sampling == {"max_tokens": 7, "seed": (1 << 63) - 1, "top_k": 3, "presence_penalty": 0.0}
+    assert line.asked.grammar is None
     texts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     parts = only({"messages": [{"role": "developer", "content": texts}], "tools": [{"x": 1}], "tool_choice": "none"})
     assert (parts.asked.messages[0].role, parts.asked.messages[0].content, parts.asked.tools) == ("system", "ab", ())
+
+
+def test_what_is_asked_of_sampling_and_form() -> None:
+    sampling = {"stop": ["a", ""], "logit_bias": {"7": -1.5}, "frequency_penalty": 1}
+    told = {"logprobs": True, "top_logprobs": 2}
+    line = only({"messages": HI, **sampling, **told, "response_format": {"type": "json_object"}})
+    assert line.asked.sampling == {"stop": ("a",), "logit_bias": ((7, -1.5),), "frequency_penalty": 1, "logprobs": 2}
+    assert line.asked.grammar is not None and "%json" in line.asked.grammar
+    text = only({"url": COMPLETIONS, "body": {"prompt": "x", "logprobs": 3, "stop": "b"}})
+    assert text.asked.sampling == {"stop": ("b",), "logprobs": 3}
+    assert only({"messages": HI, "logprobs": True}).asked.sampling == {"logprobs": 0}
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    called = only({"messages": HI, "tools": [tool], "tool_choice": "required"})
+    assert called.asked.tools == (tool,) and "functions.f" in str(called.asked.grammar)
 
 
 def test_digests_tell_what_is_asked_and_nothing_else() -> None:
@@ -141,6 +165,7 @@ VALUES = st.recursive(
 )
 FIELDS = st.sampled_from(
     ("custom_id", "url", "method", "body", "messages", "prompt", "tools", "thinking", "seed", "top_k", "n", "stop")
+    + ("logit_bias", "logprobs", "top_logprobs", "response_format", "tool_choice", "presence_penalty")
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -15,6 +16,10 @@ from types import ModuleType
 import pexpect
 import pyte
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hybrid.checkpoint.tiny import make_tiny
 
 SCRIPTED = Path(__file__).with_name("scripted.py")
 PROMPT = re.compile(r"^> ?$")
@@ -122,6 +127,7 @@ def home(tmp_path: Path) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("KIMI_LOCAL_", "XDG_STATE"))}
     for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES"):
         kept.pop(name, None)
+    kept["KIMI_LOCAL_KV_DISK"] = "0"  # the cache is the one of whoever runs the tests
     return kept | {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm-256color", "LANG": "C.UTF-8"}
 
 
@@ -149,3 +155,20 @@ def scripted() -> ModuleType:
     sys.modules["scripted"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint that is slow enough to be stopped and, at temperature 0, never ends a thought or a turn."""
+    directory = make_tiny(
+        tmp_path_factory.mktemp("models") / "talker", config={"num_hidden_layers": 12, "max_position_embeddings": 65536}
+    )
+    raw = json.loads((directory / "config.json").read_text())["text_config"]
+    for shard in directory.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name, tensor in tensors.items():
+            if name.endswith("lm_head.weight"):
+                first_special = raw["vocab_size"] - 256
+                tensor[first_special:] = torch.zeros_like(tensor[first_special:])  # logit 0: never the largest
+        save_file(tensors, shard, metadata={"format": "pt"})
+    return directory

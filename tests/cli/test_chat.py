@@ -13,31 +13,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file, save_file
-
 from hybrid.chat.session import SessionStore
-from hybrid.checkpoint.tiny import make_tiny
 
 Start = Callable[..., "Terminal"]  # noqa: F821  the class lives in conftest
-
-
-@pytest.fixture(scope="session")
-def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint that is slow enough to be stopped and, at temperature 0, never ends a thought or a turn."""
-    directory = make_tiny(
-        tmp_path_factory.mktemp("models") / "talker", config={"num_hidden_layers": 12, "max_position_embeddings": 65536}
-    )
-    raw = json.loads((directory / "config.json").read_text())["text_config"]
-    for shard in directory.glob("*.safetensors"):
-        tensors = load_file(shard)
-        for name, tensor in tensors.items():
-            if name.endswith("lm_head.weight"):
-                first_special = raw["vocab_size"] - 256
-                tensor[first_special:] = torch.zeros_like(tensor[first_special:])  # logit 0: never the largest
-        save_file(tensors, shard, metadata={"format": "pt"})
-    return directory
 
 
 def sessions(home: dict[str, str]) -> SessionStore:

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from cli.chat import chat
-from cli.options import ChatOptions, parse_bytes, parse_tokens
+from cli.options import ChatOptions, parse_bytes, parse_room, parse_tokens
 from hybrid.errors import UsageError
 
 
@@ -37,6 +37,12 @@ def test_bytes(text: str, number: int) -> None:
 def test_wrong_bytes(text: str) -> None:
     with pytest.raises(UsageError, match="24G"):
         parse_bytes(text)
+
+
+def test_room_may_be_none() -> None:
+    assert (parse_room("0"), parse_room(" 0 "), parse_room("2G")) == (0, 0, 2 << 30)
+    with pytest.raises(UsageError, match="24G"):
+        parse_room("-1")
 
 
 def test_every_parameter_of_chat_is_an_option() -> None:

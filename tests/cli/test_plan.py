@@ -1,6 +1,7 @@
 """`kimi-local plan`: what it prints, as JSON too, and how it ends."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -55,7 +56,17 @@ def test_json_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["nearest"] == [] and len(found["alternatives"]) >= 3
 
 
-@pytest.mark.parametrize("options", [(), ("--experts", "native"), ("--ram", "128GiB"), ("--vram", "0", "--kv", "fp8")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--experts", "native"),
+        ("--ram", "128GiB"),
+        ("--vram", "0", "--kv", "fp8"),
+        ("--ram", "190GiB"),
+        ("--ram-budget", "100GiB", "--gpu-experts", "500"),
+    ],
+)
 def test_a_plan_can_be_made_again(capsys: pytest.CaptureFixture[str], options: tuple[str, ...]) -> None:
     first = json.loads(run(capsys, "k2.5", *BOX, *options, "--json")[0])
     words = shlex.split(first["reproduce"])
@@ -79,6 +90,17 @@ def test_native_experts_are_on_the_drive(capsys: pytest.CaptureFixture[str]) -> 
     out, _ = run(capsys, "k2-thinking", *BOX, "--experts", "native")
     assert "4.50 bits per weight, 531.6 GiB (570.8 GB): int4_g32; on NVMe, RAM a cache" in out
     assert "NVMe 531.6 GiB (570.8 GB), 45% cached" in out
+
+
+def test_what_the_card_holds_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run(capsys, "k2.5", *BOX, "--ram", "190GiB")
+    assert "RAM and VRAM together hold them, each in one place" in out
+    assert re.search(r"chat Kimi-K2.5-pack --ctx 32768 --ram-budget \d+ --gpu-experts 1022\n", out)
+    out, _ = run(capsys, "k2.5", *BOX, "--ram", "128GiB")
+    assert re.search(r"NVMe .*, 65% cached, 4% on the card\n", out)
+    found = json.loads(run(capsys, "k2.5", *BOX, "--ram-budget", "100GiB", "--gpu-experts", "500", "--json")[0])
+    assert found["experts"]["exclusive"] and found["experts"]["vram_slots"] == 500
+    assert found["ram"]["parts"]["expert slots"] <= 100 << 30
 
 
 def test_directories_and_files_are_read(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:

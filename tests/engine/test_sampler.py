@@ -32,6 +32,7 @@ def test_frequencies_follow_the_probabilities() -> None:
 @pytest.mark.parametrize(
     ("params", "allowed"),
     [
+        ({"top_p": 1e-160}, {0}),
         ({"top_p": 0.5}, {0}),
         ({"top_p": 0.51}, {0, 1}),
         ({"top_p": 0.95}, {0, 1, 2, 3}),

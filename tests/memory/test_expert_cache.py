@@ -2,6 +2,7 @@
 
 from concurrent.futures import Future
 from contextlib import nullcontext
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -67,6 +68,7 @@ class Host:
         self.cache.note(layer, ids.numpy(), np.full(self.config.n_routed_experts, 48))
         for expert, slot in zip(experts, slots, strict=True):
             assert (slot == self.cache.count) == bool(self.cache.absent(layer)[expert])
+            assert bool(self.cache.held()[layer, expert]) == (slot < self.cache.count)
             if slot < self.cache.count:
                 assert self.said[slot] == (layer, expert)
                 held = self.cache.data.view(-1, SIZE)[slot, :48]
@@ -167,6 +169,45 @@ def test_it_begins_with_what_earlier_runs_chose(config: ModelConfig) -> None:
     assert seen[-1] == (len(host.said) * SIZE, len(host.said) * SIZE)
     for layer in config.moe_layers:
         assert host.use(layer, 2, 5, 0) == [True, True, False]
+
+
+def test_who_is_pinned_stays_and_nobody_else_comes(config: ModelConfig) -> None:
+    host, layer, seen = Host(config, 6), config.moe_layers[0], []
+    keys = [layer * config.n_routed_experts + expert for expert in (5, 1, 2, 7)]
+    host.cache.pin(keys, lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (4 * SIZE, 4 * SIZE) and seen == sorted(seen)
+    for _ in range(20):
+        host.cache.step()
+        assert host.use(layer, 0, 1, 3, 5) == [False, True, False, True]
+    counters = host.cache.counters
+    assert counters.uploads == 4 and counters.evictions == 0 and host.cache.held().sum() == 4
+
+
+def test_what_is_read_for_the_card_is_not_all_in_ram_at_once(config: ModelConfig) -> None:
+    class Counted(CopiesAtOnce):
+        """Uploads that end when the next ones must wait for them."""
+
+        def __init__(self) -> None:
+            self.under_way, self.most = 0, 0
+
+        def begin(self, parts, target):
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            done: Future[None] = Future()
+
+            def arrive() -> None:
+                self.under_way -= 1
+                done.set_result(super(Counted, self).begin(parts, target).result())
+
+            Timer(0.01, arrive).start()
+            return done
+
+    uploads = Counted()
+    host = Host(config, 9, uploads)
+    first = config.moe_layers[0] * config.n_routed_experts
+    host.cache.pin(range(first, first + 8))
+    assert uploads.most == STAGED and uploads.under_way == 0
+    assert all(host.use(config.moe_layers[0], *range(8)))
 
 
 def test_no_slots(config: ModelConfig) -> None:

@@ -13,7 +13,7 @@ from hybrid.errors import UsageError
 from hybrid.memory import parts
 from hybrid.memory.achieved import compare
 from hybrid.memory.hardware import Gpu, Hardware
-from hybrid.memory.known import known
+from hybrid.memory.known import known, options_for
 from hybrid.memory.place import Options, Placement, place
 from hybrid.memory.plan import MemoryPlan, choose, commands, make_plan
 from hybrid.memory.rates import rates
@@ -133,6 +133,78 @@ def test_native_experts_on_256_gib_need_the_drive() -> None:
     without = planned(K25, machine(256, 24), experts="native", nvme=False)
     assert not without.fits and without.placement.lacks > 280 * GIB
     assert {other.tier for other in without.nearest} >= {"mirrored", "nvme"}
+
+
+@pytest.mark.parametrize("experts", ["auto", "native"])
+@pytest.mark.parametrize("ram", [256, 192, 128, 64])
+def test_the_cards_experts_count_where_ram_holds_too_few(ram: int, experts: str) -> None:
+    """What is on the card is not on the drive's account, and the more of it the fewer are read."""
+    hardware = machine(ram, 24)
+    plan, none = (planned(K25, hardware, experts=experts, gpu_experts=most) for most in (None, 0))
+    with_card, without = plan.placement, none.placement
+    assert plan.fits and none.fits and without.vram_slots == 0 and not without.exclusive
+    assert plan.as_dict()["experts"]["exclusive"] == with_card.exclusive == (with_card.tier != "mirrored")
+    if with_card.tier == "mirrored":
+        assert ram >= 192 and experts == "auto" and with_card.ram_slots == K25.num_experts
+        return
+    assert with_card.tier == without.tier == "nvme" and with_card.ram_slots == without.ram_slots
+    read = K25.num_experts - with_card.ram_slots - with_card.vram_slots
+    assert read == K25.num_experts - without.ram_slots - with_card.vram_slots > 0 < with_card.vram_slots
+    assert with_card.vram.parts["expert slots"] == with_card.vram_slots * with_card.mix.largest(K25)
+    assert plan.predicted is not None and none.predicted is not None
+    assert plan.predicted.prefill_tok_s.value > none.predicted.prefill_tok_s.value
+
+
+def test_the_card_closes_the_gap() -> None:
+    """190 GiB hold 1.5 bits with the card's experts and not without."""
+    hardware = machine(190, 24)
+    assert planned(K25, hardware).placement.tier == "exclusive"
+    assert planned(K25, hardware, gpu_experts=0).placement.tier == "nvme"
+    without = planned(K25, hardware, experts="trellis1_5", gpu_experts=0, nvme=False)
+    assert not without.fits and planned(K25, hardware, experts="trellis1_5", nvme=False).fits
+
+
+def test_a_budget_holds_the_plan_to_it() -> None:
+    mix = parts.uniform(K25, "trellis2")
+    size, largest = mix.bytes(K25), mix.largest(K25)
+
+    def found(budget: int, **options: object) -> Placement:
+        return planned(
+            K25, machine(300, 24), stored=mix, stored_resident="int8", ram_budget=budget, **options
+        ).placement
+
+    assert found(size).tier == "mirrored" and found(size - 1).tier == "exclusive"
+    less = found(1000 * largest + 17, gpu_experts=300)
+    assert (less.tier, less.ram_slots, less.vram_slots) == ("nvme", 1000, 300) and less.expert_bytes == 1000 * largest
+    assert found(7 * largest).lacks and found(8 * largest).fits, "a token needs eight of a layer"
+    assert found(size - largest, gpu_experts=1).ram_slots == K25.num_experts - 1
+    small = planned(K25, machine(200, 24), stored=mix, stored_resident="int8", ram_budget=size - 1).placement
+    assert small.lacks, "more than there is cannot be asked for"
+
+
+def test_a_running_program_counts_what_is_free() -> None:
+    """Its own share is taken already; a tier that fills what is free leaves some of it."""
+    found, box = known("k2.5"), replace(machine(256, 24), ram_available=240 * GIB)
+    options = options_for(found, box, running=True, experts="trellis2", ram_budget=None)
+    placement = choose(K25, box, options)
+    assert placement.ram.parts["system"] == 16 * GIB and options.ctx == 32768
+    assert not {"program", "CUDA in the process"} & placement.ram.parts.keys()
+    native = choose(K25, box, options_for(found, box, running=True))
+    assert native.tier == "nvme" and native.ram.parts["page cache"] == 15 * GIB and native.mix == parts.native(K25)
+    assert options_for(found, box, experts="auto").stored is None
+
+
+def test_commands_hold_a_run_to_the_plan() -> None:
+    mix = parts.uniform(K25, "trellis2")
+    packed = {"stored": mix, "stored_resident": "int8"}
+    plan = planned(K25, machine(128, 24), **packed)
+    slots = plan.placement.vram_slots
+    budget = plan.placement.ram_slots * mix.largest(K25)
+    expected = f"kimi-local chat P --ctx 32768 --ram-budget {budget} --gpu-experts {slots}"
+    assert plan.placement.tier == "nvme" and commands(plan, "P") == [expected]
+    native = commands(planned(K25, machine(256), experts="native"), "M")
+    assert native[0].startswith("kimi-local quantize M M-pack --format int4 "), "only packs are read from a drive"
+    assert "--gpu-experts" not in native[1] and "--ram-budget" in native[1]
 
 
 def test_vram_counts_where_ram_alone_is_too_small() -> None:
@@ -255,7 +327,7 @@ def check(config: ModelConfig, hardware: Hardware, placement: Placement) -> None
     assert homes[placement.tier] >= size
     assert 0 <= placement.vram_slots <= config.num_experts
     if placement.tier == "nvme":
-        assert 0 < placement.ram_slots < config.num_experts
+        assert 0 < placement.ram_slots < config.num_experts >= placement.ram_slots + placement.vram_slots
     else:  # each expert has a home, and exclusive ones one only: all may be the card's
         elsewhere = placement.vram_slots if placement.tier == "exclusive" else 0
         assert placement.ram_slots + elsewhere == config.num_experts

@@ -22,6 +22,7 @@ from hybrid.engine.request import Request
 from hybrid.errors import CheckpointError, DoesNotFit, KimiError, UsageError
 from hybrid.memory.direct import Preadv
 from hybrid.memory.expert_store import PackedExperts, load_experts
+from hybrid.memory.hardware import Hardware
 from hybrid.memory.kv_cache import KVCache
 from hybrid.memory.slots import slot_bytes
 from hybrid.memory.tiers import NvmeTier, combine, hottest
@@ -139,6 +140,30 @@ def test_what_always_follows_is_read_ahead(packs: dict[str, Path]) -> None:
                 expected = all_in_ram(pack, layer).moe(x, ids, weights)
                 assert same_bits(tier.moe(layer, x, ids, weights), expected)
         assert tier.counters.foreseen >= K
+
+
+@pytest.mark.parametrize("slots", [K, 9, 2 * EXPERTS])
+def test_what_a_card_has_takes_no_room(pack: Pack, slots: int) -> None:
+    """Experts of even numbers are pinned: they are neither read nor kept, and the others are what they were."""
+    pinned = [layer * EXPERTS + expert for layer in LAYERS for expert in range(0, EXPERTS, 2)]
+    counts = np.zeros((3, EXPERTS), np.int64)
+    counts[:, ::2] = 100
+    exact = {layer: all_in_ram(pack, layer) for layer in LAYERS}
+    with closing(NvmeTier(pack, slots * slot_bytes(pack), pinned=pinned)) as tier:
+        assert tier.slots.count == min(slots, EXPERTS)
+        tier.preload(counts)
+        for seed in range(6):
+            for layer in LAYERS:
+                x, _, weights = step(2, seed)
+                ids = np.stack(
+                    [1 + 2 * np.random.default_rng(seed + row).permutation(EXPERTS // 2)[:K] for row in (0, 1)]
+                )
+                assert same_bits(tier.moe(layer, x, ids, weights), exact[layer].moe(x, ids, weights))
+                assert not tier.held().flat[pinned].any()
+        odd = sum(int(tier.expert_bytes(layer)[1::2].sum()) for layer in LAYERS)
+        assert slots < EXPERTS or (tier.counters.nvme_bytes == odd and tier.counters.misses == 0)
+        with pytest.raises(AssertionError, match="only on the card"):
+            tier.moe(1, x, ids - 1, weights)
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------
@@ -264,19 +289,25 @@ def test_only_packs_have_a_budget(tiny: Path) -> None:
 
 def test_what_does_not_fit_goes_to_the_drive_by_itself(packs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Progress] = []
+
+    def free(size: int) -> None:
+        hardware = Hardware(ram_total=1 << 34, ram_available=size)
+        monkeypatch.setattr("hybrid.model.reside.probe", lambda: hardware)
+
     with open_pack(packs["mixed"]) as pack:
-        parts, cache = pack.load_bytes(), 128 * pack.config.kv_bytes_per_token()
-        size = slot_bytes(pack)
-    rest = sum(parts.values()) - parts["routed_experts"] + cache
-    monkeypatch.setattr("hybrid.model.reside.available_ram", lambda: rest + 10 * size)
+        parts, size = pack.load_bytes(), slot_bytes(pack)
+    with load(packs["mixed"]) as kimi:
+        ram = kimi.placement.ram
+    rest = ram.total - ram.parts["system"] - ram.parts["experts"]
+    free(rest + 16 * size)
     with load(packs["mixed"], on_progress=seen.append) as kimi:
-        assert K <= kimi.expert_report()["tier"]["slots"] < 10
+        assert K <= kimi.expert_report()["tier"]["slots"] == kimi.placement.ram_slots < 16
         assert len(list(kimi.generate(IDS, SamplingParams(max_tokens=3)))) == 3
     loaded = [each for each in seen if each.stage == "load"]
-    assert loaded[-1].unit == "B" and loaded[-1].done == loaded[-1].total == rest - cache
+    assert loaded[-1].unit == "B" and loaded[-1].done == loaded[-1].total == parts["resident"]
     filled = [each for each in seen if each.stage == "tier"]
     assert filled[-1].done == filled[-1].total > 0 and filled[-1].unit == "B"
-    monkeypatch.setattr("hybrid.model.reside.available_ram", lambda: rest - 1)
+    free(rest - 1)
     with pytest.raises(DoesNotFit, match="are free"):
         load(packs["mixed"])
     with pytest.raises(DoesNotFit, match="are free"):

@@ -9,10 +9,10 @@ from typing import Any
 import httpx2
 import pytest
 
+from hybrid.chat.forms import BadForm, answer_grammar, calls_grammar, either
 from hybrid.errors import MissingExtra
+from hybrid.grammar import Grammars
 from hybrid.kimi import Kimi
-from hybrid.serve.grammar import Grammars, answer_grammar, calls_grammar, either
-from hybrid.serve.refusal import Refusal
 
 SCHEMA = {
     "type": "object",
@@ -89,7 +89,7 @@ def test_forms_that_are_none(client: httpx2.Client, wrong: dict[str, Any]) -> No
 
 
 def test_a_schema_cannot_smuggle_in_a_rule() -> None:
-    with pytest.raises(Refusal):
+    with pytest.raises(BadForm):
         answer_grammar({"type": "json_schema", "json_schema": {"schema": "x\nstart: /.*/"}})
     rule = calls_grammar([{"function": {"name": 'x" | /.*/ | "'}}], None)
     assert '"functions.x\\" | /.*/ | \\":"' in rule
@@ -102,4 +102,4 @@ def test_nothing_asked_for_is_no_grammar() -> None:
 def test_without_the_package(kimi: Kimi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(MissingExtra, match="pip install"):
-        Grammars(kimi).mask("start: /a/", False)
+        Grammars(kimi.tokenizer, kimi.config.vocab_size, kimi.stop_ids).mask("start: /a/", False)

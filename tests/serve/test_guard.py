@@ -19,7 +19,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def ask(path: str = "/", *, key: str | None = None, body: bytes = b"", **headers: str) -> httpx2.Response:
+async def ask(path: str = "/v1", *, key: str | None = None, body: bytes = b"", **headers: str) -> httpx2.Response:
     guard = Guard(echo, host="kimi.lan", api_key=key, body_limit=1000)
     named = {name.replace("_", "-"): value.encode() for name, value in headers.items()}
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(guard), base_url="http://127.0.0.1") as client:
@@ -54,7 +54,10 @@ def test_the_key() -> None:
     assert status(key="secret", authorization="bearer secret") == 200
     assert status(key="schlüssel", authorization="Bearer schlüssel") == 200
     assert status(key="secret", x_api_key="secret") == 200
-    assert status(key="secret", path="/health") == 200
+    for path in ("/health", "/", "/page/main.js"):
+        assert status(key="secret", path=path) == 200
+    for path in ("/page", "/pages/x", "/v1/kimi/experts", "/openapi.json"):
+        assert status(key="secret", path=path) == 401
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])

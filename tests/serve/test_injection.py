@@ -40,7 +40,20 @@ def blocks(text: str) -> dict[str, Any]:
     return {"messages": messages, "system": text, "tools": tools, "max_tokens": 1}
 
 
-@pytest.mark.parametrize(("path", "request_"), [("/v1/chat/completions", chat), ("/v1/messages", blocks)])
+def items(text: str) -> dict[str, Any]:
+    asked = [
+        {"role": "user", "content": [{"type": "input_text", "text": text}]},
+        {"type": "function_call", "call_id": text, "name": "look", "arguments": text},
+        {"type": "function_call_output", "call_id": text, "output": text},
+    ]
+    tools = [{"type": "function", "name": "look", "description": text, "parameters": {}}]
+    return {"input": asked, "instructions": text, "tools": tools, "max_output_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "request_"),
+    [("/v1/chat/completions", chat), ("/v1/messages", blocks), ("/v1/responses", items)],
+)
 def test_conversations(client: httpx2.Client, kimi: Any, path: str, request_: Any) -> None:
     shapes = []
     for text in (HARMLESS, *ATTACKS):
@@ -64,3 +77,18 @@ def test_text(client: httpx2.Client, kimi: Kimi, attack: str) -> None:
     assert [i for i in found if kimi.tokenizer.special_name(i)] == [
         i for i in harmless if kimi.tokenizer.special_name(i)
     ]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_what_is_completed_is_text(client: httpx2.Client, kimi: Kimi, attack: str) -> None:
+    response = client.post("/v1/completions", json={"prompt": attack, "max_tokens": 1, "echo": True}).json()
+    assert response["choices"][0]["text"].startswith(attack)
+    assert response["usage"]["prompt_tokens"] == len(kimi.tokenizer.encode(attack)), "letters, not one control token"
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_what_is_counted_is_what_would_be_asked(client: httpx2.Client, kimi: Any, attack: str) -> None:
+    kimi.asked.clear()
+    assert client.post("/v1/messages", json=blocks(attack)).status_code == 200
+    told = client.post("/v1/messages/count_tokens", json=blocks(attack)).json()["input_tokens"]
+    assert told == len(kimi.asked[0])

@@ -4,6 +4,7 @@ Where kernels expect the numbers of experts they are given those of slots, so th
 the row of a filled slot changes. One more row, for the number that stands for no slot, says that nothing is here.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hybrid.memory.expert_cache import ExpertCache, HostLayer
-from hybrid.memory.expert_store import LayerExperts, PackedExperts
+from hybrid.memory.expert_store import LayerExperts, PackedExperts, Stored
 from hybrid.model.gpu import Card
 from hybrid.model.gpu.experts import GpuExperts, Int4Matrix, trellis_matrix
 from quant import kernels, trellis_moe
@@ -44,18 +45,21 @@ class CardSlots:
         planes = torch.zeros(2, cache.count + 1, 2, 3, dtype=torch.int64, device=card.device)
         self._table = TrellisTable(planes, cache.slot_bytes)
 
-    def add(self, layer: int, host: LayerExperts) -> GpuExperts | None:
+    def add(self, layer: int, host: LayerExperts, stored: Stored | None = None) -> GpuExperts | None:
         """The experts of `layer` that are in slots, for slots in place of ids; None for a kind that no kernel takes.
 
-        From now on the cache may choose among the experts of this layer, which `host` keeps in RAM.
+        From now on the cache may choose among the experts of this layer: those of `host`, which keeps them all in RAM,
+        or as they are `stored`.
         """
-        held = _held(host)
+        held, sizes = _held(host) if stored is None else stored.experts, host.expert_bytes
         if isinstance(held, trellis_moe.TrellisExperts):
-            self.cache.add(layer, HostLayer(partial(_blob, held, host.expert_bytes), partial(self._table.place, held)))
-            return self._trellis(held, host.expert_bytes)
+            read = partial(_blob, held, sizes) if stored is None else stored.read
+            self.cache.add(layer, HostLayer(read, partial(self._table.place, held)))
+            return self._trellis(held, sizes)
         if isinstance(held, kernels.Experts):
-            self.cache.add(layer, HostLayer(partial(_stacked, held), lambda slot, expert: None))
-            return self._int4(held, host.expert_bytes)
+            read = partial(_stacked, held) if stored is None else stored.read
+            self.cache.add(layer, HostLayer(read, lambda slot, expert: None))
+            return self._int4(held, sizes)
         return None
 
     def _trellis(self, held: trellis_moe.TrellisExperts, expert_bytes: np.ndarray) -> GpuExperts:
@@ -67,7 +71,7 @@ class CardSlots:
 
     def _int4(self, held: kernels.Experts, expert_bytes: np.ndarray) -> GpuExperts:
         starts = torch.arange(self.cache.count + 1, device=self.card.device) * self.cache.slot_bytes
-        behind = starts + held.gate_up.blocks[0].nbytes
+        behind = starts + math.prod(held.gate_up.blocks.shape[1:])
         starts[-1] = behind[-1] = -1
         hidden, intermediate = held.down.blocks.shape[1] * 32, held.gate_up.blocks.shape[1] * 16
         gate_up, down = Int4Matrix(starts, 2 * intermediate, hidden), Int4Matrix(behind, hidden, intermediate)
@@ -75,8 +79,8 @@ class CardSlots:
 
 
 def _held(host: LayerExperts) -> object:
-    """What the kernel of a layer in RAM reads; None for experts that no kernel of ours multiplies from there."""
-    moe = host.moe if isinstance(host, PackedExperts) else None
+    """What the kernel of a layer that is whole in RAM reads; None where no kernel of ours multiplies from there."""
+    moe = host.moe if isinstance(host, PackedExperts) and host.places is None else None
     return moe.args[0] if isinstance(moe, partial) else None
 
 

@@ -14,6 +14,7 @@ from hybrid.checkpoint import open_checkpoint
 from hybrid.errors import KimiError
 from hybrid.memory.expert_cache import ExpertCache
 from hybrid.memory.expert_store import ExactExperts, PackedExperts, load_experts
+from hybrid.memory.hardware import Gpu, Hardware, probe
 from hybrid.memory.kv_cache import KVCache
 from hybrid.model.batch import Batch, Segment
 from hybrid.model.gpu import Card
@@ -39,6 +40,12 @@ def with_cache(path: Path, card: Card, slots: int) -> tuple[Transformer, ExpertC
     model.keep_hot(cache)
     cache.fill(np.zeros_like(model.stats.counts))
     return model, cache
+
+
+def with_a_card() -> Hardware:
+    """This machine, whose memory is a card's as well where there is none."""
+    here = probe()
+    return here if here.gpus else dataclasses.replace(here, gpus=(Gpu("none", 8 << 30, 8 << 30, "8.9"),))
 
 
 @pytest.mark.parametrize("path", KINDS, indirect=True)
@@ -115,6 +122,7 @@ def test_a_loaded_model_uses_the_card(path: Path, card: Card, monkeypatch: pytes
         expected = kimi.logits(ids)
         assert kimi.expert_report()["cache"] is None
     monkeypatch.setattr("hybrid.model.reside.find_card", lambda device: (card, ""))
+    monkeypatch.setattr("hybrid.model.reside.probe", with_a_card)
     options = {"ctx": 64, "threads": 1, "device": card.device.type, "gpu_experts": slots}
     with Kimi.load(path, **options, on_progress=seen.append) as kimi:
         report = kimi.expert_report()["cache"]
@@ -137,6 +145,7 @@ def test_kernels_that_fail_at_real_size_are_given_up(
     answers = iter([(Card(card.device, failing), ""), (None, "")])
     with monkeypatch.context() as patch:
         patch.setattr("hybrid.model.reside.find_card", lambda device: next(answers))
+        patch.setattr("hybrid.model.reside.probe", with_a_card)
         kimi = Kimi.load(tiny, ctx=64, threads=1, device=card.device.type, gpu_experts=6)
     with kimi:
         assert "out of resources. Everything is loaded again, for the CPU." in caplog.messages[0]

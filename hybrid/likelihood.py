@@ -2,10 +2,33 @@
 
 from collections.abc import Sequence
 
+from typing_extensions import TypedDict
+
 from hybrid.chat.tokenizer import Tokenizer
-from hybrid.engine.request import TokenLogprobs, token_logprobs
-from hybrid.kimi import Kimi
-from hybrid.serve.openai_shapes import Likely, TextLogprobs, TokenLikelihood
+from hybrid.engine.request import TokenLogprobs
+
+
+class Likely(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLikelihood(Likely):
+    top_logprobs: list[Likely]
+
+
+class Logprobs(TypedDict):
+    """Of every token made, reasoning included, before penalties and temperature."""
+
+    content: list[TokenLikelihood]
+
+
+class TextLogprobs(TypedDict):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
 
 
 def chat_logprobs(made: Sequence[TokenLogprobs], tokenizer: Tokenizer) -> list[TokenLikelihood]:
@@ -31,13 +54,6 @@ def text_logprobs(made: Sequence[TokenLogprobs | int], tokenizer: Tokenizer) -> 
         shape["text_offset"].append(offset)
         offset += len(text)
     return shape
-
-
-def prompt_logprobs(kimi: Kimi, prompt: Sequence[int], count: int) -> list[TokenLogprobs | int]:
-    """How likely the model finds each id of `prompt` after those before it; the first one stands as it is."""
-    rows = kimi.logits(prompt[:-1]) if len(prompt) > 1 else ()
-    told = [token_logprobs(row, token, count) for row, token in zip(rows, prompt[1:], strict=True)]
-    return [prompt[0], *told]
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
