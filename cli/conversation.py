@@ -69,6 +69,7 @@ class Conversation:
                 params,
                 thinking=thinking,
                 think_budget=self.settings.think_budget,
+                keep=self.saving,
                 on_progress=on_progress,
             )
 

@@ -83,6 +83,7 @@ class Model(Protocol):
         *,
         thinking: bool | None = None,
         think_budget: int | None = None,
+        keep: bool = True,
         on_progress: OnProgress | None = None,
     ) -> Reply: ...
 

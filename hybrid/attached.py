@@ -217,6 +217,7 @@ class Attached:
         *,
         thinking: bool | None = None,
         think_budget: int | None = None,
+        keep: bool = True,
         on_progress: OnProgress | None = None,
     ) -> AttachedReply:
         """The next turn of a conversation, as `Kimi.reply` gives it. Raises ContextExceeded and KimiError."""
@@ -230,6 +231,7 @@ class Attached:
             "stream": True,
             "stream_options": {"include_usage": True},
             "return_progress": True,
+            "store": keep,
         }
         exchange = self._link.open("POST", "/v1/chat/completions", body)
         return AttachedReply(exchange, self._hurry, (params.max_tokens, self.ctx), on_progress or ignore)

@@ -271,12 +271,14 @@ class Kimi:
         think_budget: int | None = None,
         call_pieces: bool = False,
         mask: Mask | None = None,
+        keep: bool = True,
         on_progress: OnProgress | None = None,
     ) -> Reply:
         """The next turn of a conversation; with `call_pieces` also calls that are still being written.
 
-        `mask` is given the ids made so far, reasoning included, and says which may come next: bool [vocab], or None for
-        all. Raises ContextExceeded before computing anything when it does not fit.
+        Without `keep` nothing of it goes to disk, whatever the model was loaded with. `mask` is given the ids made so
+        far, reasoning included, and says which may come next: bool [vocab], or None for all. Raises ContextExceeded
+        before computing anything when it does not fit.
         """
         thinking = self.default_thinking if thinking is None else thinking
         prompt = self.tokenizer.reuse(self._render(messages, tools, thinking), self._engine.tokens)
@@ -286,6 +288,7 @@ class Kimi:
             params or self.default_params(thinking),
             on_prefill=lambda done, total: report(Progress("prefill", done, total, "tok")),
             mask=mask,
+            keep=keep,
         )
         calls = sum(len(message.tool_calls) for message in messages)
         parser = ReplyParser.after(prompt, self.tokenizer, calls, call_pieces=call_pieces)

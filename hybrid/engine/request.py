@@ -71,6 +71,7 @@ class Request:
     on_prefill: Callable[[int, int], None] = no_progress  # prompt tokens done (cached ones included), and in all
     on_token: Callable[[int], None] = no_notice  # every id of the answer, a stop id included
     mask: Mask | None = None
+    keep: bool = True  # whether its rows may stay on disk
     cancelled: bool = False
     forced: deque[int] = field(default_factory=deque)  # tokens to emit next instead of sampling
 

@@ -169,7 +169,7 @@ class Scheduler:
             if each in self.running:
                 self.running.remove(each)
                 self._keep(each)
-                if self.disk is not None and each.error is None:
+                if self.disk is not None and each.error is None and each.request.keep:
                     self.disk.save(self.cache, each.ids[: each.done])
             else:
                 self.waiting.remove(each)

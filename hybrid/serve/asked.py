@@ -64,6 +64,7 @@ class Turn:
     thinking: bool
     think_budget: int | None = None
     grammar: str | None = None  # the form of the answer, in Lark
+    keep: bool = True  # whether anything of it may stay on disk
 
 
 def params(kimi: Kimi, body: Asked, thinking: bool, **more: Any) -> SamplingParams:

@@ -74,6 +74,7 @@ class ChatRequest(Penalised):
     reasoning_effort: str | None = None
     thinking_budget: Positive | None = Field(None, description="End the reasoning after so many tokens.")
     return_progress: bool = Field(False, description="While streaming, tell how much of the prompt is read.")
+    store: bool | None = Field(None, description="`false`: nothing of this stays on the server's disk.")
     functions: Any = None
     modalities: list[str] | None = None
 
@@ -97,7 +98,7 @@ def to_turn(kimi: Kimi, body: ChatRequest) -> Turn:
     )
     messages = to_messages([message.model_dump() for message in body.messages])
     tools, grammar = held_to(body.tools, body.tool_choice, answer_grammar(body.response_format))
-    return Turn(messages, sampling, tools, thinking, body.thinking_budget or budget, grammar)
+    return Turn(messages, sampling, tools, thinking, body.thinking_budget or budget, grammar, body.store is not False)
 
 
 def start_turn(kimi: Kimi, grammars: Grammars, turn: Turn, *, call_pieces: bool) -> Callable[..., Reply]:
@@ -112,6 +113,7 @@ def start_turn(kimi: Kimi, grammars: Grammars, turn: Turn, *, call_pieces: bool)
             think_budget=turn.think_budget,
             call_pieces=call_pieces,
             mask=None if turn.grammar is None else grammars.mask(turn.grammar, turn.thinking),
+            keep=turn.keep,
             on_progress=on_progress,
         )
 

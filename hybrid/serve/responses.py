@@ -5,7 +5,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
 from hybrid.chat.forms import answer_grammar, held_to
@@ -40,6 +40,7 @@ class ResponseRequest(Asked):
     previous_response_id: Any = None
     conversation: Any = None
     background: bool | None = None
+    store: bool | None = Field(None, description="`false`: nothing of this stays on the server's disk.")
     prompt: Any = None
 
 
@@ -76,7 +77,7 @@ def to_turn(kimi: Kimi, body: ResponseRequest) -> Turn:
     answer = answer_grammar((body.text or {}).get("format"))
     tools, grammar = held_to([_tool(tool) for tool in body.tools or ()], body.tool_choice, answer)
     sampling = params(kimi, body, thinking, max_tokens=body.max_output_tokens)
-    return Turn(_messages(body), sampling, tools, thinking, grammar=grammar)
+    return Turn(_messages(body), sampling, tools, thinking, grammar=grammar, keep=body.store is not False)
 
 
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:

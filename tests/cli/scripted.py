@@ -187,6 +187,7 @@ class ScriptedKimi:
         tools: object = None,
         thinking: bool = True,
         think_budget: int | None = None,
+        keep: bool = True,
         on_progress: OnProgress | None = None,
     ) -> Reply:
         needed = self.count_tokens(messages)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid import Kimi, SamplingParams
+from hybrid.chat.message import Message
 from hybrid.checkpoint.tiny import make_tiny
 from hybrid.engine.request import Request
 from hybrid.engine.service import Service
@@ -93,6 +94,19 @@ def test_nothing_is_written_or_read_unless_asked_for(load: Load, tmp_path: Path)
         run(kimi, PROMPT)
     with load(kv_disk=0) as kimi:
         assert run(kimi, PROMPT)[1].cached_tokens == 0
+
+
+def test_a_request_may_ask_that_nothing_is_kept(load: Load) -> None:
+    with load() as kimi:
+        list(kimi.reply([Message("user", "word " * 100)], GREEDY, keep=False))
+    with load() as kimi:
+        for expected in (False, True):
+            reply = kimi.reply([Message("user", "word " * 100)], GREEDY)
+            list(reply)
+            assert reply.stats.disk_tokens == 0 and (reply.stats.cached_tokens > 0) == expected
+    with load() as kimi:
+        list(reply := kimi.reply([Message("user", "word " * 100)], GREEDY))
+        assert reply.stats.disk_tokens > 0
 
 
 def test_many_at_once_in_little_room(load: Load) -> None:

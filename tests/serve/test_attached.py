@@ -73,6 +73,24 @@ def test_the_same_answer(attached: Attached, kimi: ScriptedKimi, text: str, thin
         assert ToolCall in kinds and here.message.tool_calls[0].arguments == '{"at": "sky"}'
 
 
+def test_nothing_is_kept_of_what_is_not_to_be(
+    attached: Attached, kimi: ScriptedKimi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, reply = [], ScriptedKimi.reply
+
+    def spy(self: ScriptedKimi, *arguments: Any, **more: Any) -> Any:
+        seen.append(more["keep"])
+        return reply(self, *arguments, **more)
+
+    monkeypatch.setattr(ScriptedKimi, "reply", spy)
+    for keep in (True, False):
+        list(attached.reply(asked("hello"), greedy(attached, max_tokens=2), keep=keep))
+    responses = Link(attached.address, None)
+    for store in (None, False, True):
+        responses.ask("POST", "/v1/responses", {"input": "hello", "max_output_tokens": 2, "store": store})
+    assert seen == [True, False, True, False, True]
+
+
 def test_a_think_budget_and_the_end_of_the_context(attached: Attached) -> None:
     reply = attached.reply(asked("hello"), greedy(attached, max_tokens=30), thinking=True, think_budget=5)
     thoughts = [part for part in reply if isinstance(part, Think)]
