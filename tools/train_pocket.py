@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from pocket.export import export as write_model
 from pocket.plot import plot as draw
-from pocket.state import CHECKPOINT, SETTINGS, TAU, Settings, State
+from pocket.state import CHECKPOINT, FROZEN_SHARE, SETTINGS, TAU, Settings, State
 from pocket.train import branch as new_branch
 from pocket.train import seconds_per_step
 from pocket.train import train as train_run
@@ -73,8 +73,8 @@ def train(
 
 
 def _plan(steps: int, *, decay_share: float, qat_share: float, **common: Any) -> Settings:
-    decay_from, qat_from = (round(steps * (1 - share)) for share in (decay_share, qat_share))
-    return Settings(steps=steps, decay_from=decay_from, qat_from=qat_from, freeze_from=decay_from, **common)
+    decay_from, qat_from, freeze_from = (round(steps * (1 - share)) for share in (decay_share, qat_share, FROZEN_SHARE))
+    return Settings(steps=steps, decay_from=decay_from, qat_from=qat_from, freeze_from=freeze_from, **common)
 
 
 @app.command()

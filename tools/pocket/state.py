@@ -19,6 +19,7 @@ from pocket.muon import is_matrix
 
 CHECKPOINT, SETTINGS, LOG = "checkpoint.safetensors", "settings.json", "log.jsonl"
 TAU = 100.0  # as for K2
+FROZEN_SHARE = 0.03  # last part of a run, in which the router's bias stays: frozen for longer, loads drift apart
 
 
 @dataclass(frozen=True, kw_only=True)

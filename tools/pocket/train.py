@@ -22,7 +22,7 @@ from pocket.model import Forward, Tokens
 from pocket.muon import adamw_step, global_norm, is_matrix, muon_step, qk_clip
 from pocket.qat import multiplied
 from pocket.record import Log, Measured, show
-from pocket.state import CHECKPOINT, LOG, Settings, State
+from pocket.state import CHECKPOINT, FROZEN_SHARE, LOG, Settings, State
 
 SAVE_SECONDS = 300.0
 Grads = dict[str, Tensor]
@@ -196,7 +196,8 @@ def branch(
         raise KimiError(f"{new} already exists.", "Choose another directory.")
     state, old = State.load(run / checkpoint), Settings.load(run)
     end, fall = state.step + steps, state.step + plateau
-    changed: dict[str, Any] = {"steps": end, "decay_from": fall, "qat_from": end - qat_steps, "freeze_from": fall}
+    frozen = end - round(steps * FROZEN_SHARE)
+    changed: dict[str, Any] = {"steps": end, "decay_from": fall, "qat_from": end - qat_steps, "freeze_from": frozen}
     if lr is not None:
         changed |= {"lr": lr, "earlier": [*old.earlier, [state.step, old.lr]]}
     settings = dataclasses.replace(old, **changed)
