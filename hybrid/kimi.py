@@ -218,6 +218,11 @@ class Kimi:
         assert self._service is None, "it is shared already"
         self._service = Service(self._engine, batch=batch, queue=queue)
 
+    def require_open(self) -> None:
+        """Raises Closed if the model is shared and an error has ended what computes."""
+        if self._service is not None:
+            self._service.require_open()
+
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """fp32 [tokens, vocab]: the scores of what follows every prefix of `token_ids`."""
         ids, service = list(token_ids), self._service

@@ -100,7 +100,7 @@ class Service:
         request.require_known(self.model.config.vocab_size)
         line = _Line(request, told=len(request.prompt))
         with self._changed:
-            self._require_open()
+            self.require_open()
             if len(self._lines) >= self._most:
                 raise Full(f"{self._most:,} requests are under way or waiting.", "Try again later.")
             self._lines.append(line)
@@ -111,7 +111,7 @@ class Service:
         """What `work` gives, called between two steps on the thread that may use the engine."""
         future: Future[T] = Future()
         with self._changed:
-            self._require_open()
+            self.require_open()
             self._calls.append((future, work))
             self._changed.notify()
         return future.result()
@@ -125,7 +125,8 @@ class Service:
             self._changed.notify()
         self._thread.join()
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Raises Closed when nothing is computed any more."""
         if self._closed:
             raise self._no_more()
 

@@ -55,7 +55,7 @@ class TierCounters(Counters):
 
 @dataclass
 class CacheCounters(Counters):
-    """Where a card holds copies of some: hits are multiplied there, misses by the CPU; stalls wait for the card."""
+    """Where a card holds some: hits are multiplied there, misses by the CPU; stalls wait for the card."""
 
     uploads: int = 0
     card_bytes: int = 0  # of hits

@@ -14,6 +14,7 @@ from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from hybrid.engine.request import Closed
 from hybrid.errors import KimiError
 from hybrid.grammar import Grammars
 from hybrid.kimi import Kimi
@@ -71,7 +72,11 @@ class Routes:
 
     # -- what is there ----------------------------------------------------------------------------------------------
     async def health(self) -> dict[str, str | int]:
-        """Whether the server answers, and which process it is; needs no key."""
+        """Whether answers can be made here, and by which process; needs no key."""
+        try:
+            self.kimi.require_open()
+        except Closed as error:
+            raise bad_request(error) from error
         return {"status": "ok", "pid": os.getpid()}
 
     async def metrics(self) -> Response:

@@ -49,6 +49,10 @@ def test_later_requests_are_told(broken: httpx2.Client, path: str, stream: bool)
         assert (error["type"], error["code"], error["param"]) == ("server_error", "engine_closed", None)
 
 
+def test_so_is_whoever_looks_after_the_server(broken: httpx2.Client) -> None:
+    assert broken.get("/health").status_code == 503
+
+
 def test_also_where_no_answer_is_begun(broken: httpx2.Client) -> None:
     body = {"prompt": "hello", "max_tokens": 1, "echo": True, "logprobs": 1}
     assert broken.post("/v1/completions", json=body).status_code == 503
