@@ -104,7 +104,9 @@ class KVCache:
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised, and beginning where a drive can read to."""
+    """Uninitialised, and in RAM beginning where a drive can read to."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
     raw = torch.empty(size + PAGE, dtype=torch.uint8, device=device)
     start = -raw.data_ptr() % PAGE
