@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hybrid.progress import OnProgress
 
 AUTO, NEVER = "auto", "never"
-LOADING = ("ctx", "threads", "device", "activations", "ram_budget", "gpu_experts", "kv_disk", "verify")
+LOADING = ("ctx", "threads", "device", "activations", "ram_budget", "gpu_experts", "kv_disk", "speculate", "verify")
 
 
 def attach_or_load(options: ChatOptions, on_progress: OnProgress) -> Model:

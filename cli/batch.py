@@ -67,6 +67,7 @@ class Options:
     threads: int | None
     ram_budget: int | None
     kv_disk: int
+    speculate: common.Speculate
     activations: Activations
     dtype: Dtype
     json: bool
@@ -95,6 +96,7 @@ def batch(
     threads: common.Threads = None,
     ram_budget: common.RamBudget = None,
     kv_disk: Annotated[int, machine("--kv-disk", metavar="SIZE", parser=common.room, help=_KV_DISK)] = 0,
+    speculate: common.SpeculateOption = common.Speculate.off,
     activations: common.ActivationsOption = Activations.int8,
     dtype: Annotated[Dtype, machine("--dtype", env=False, help=_DTYPE, show_default=True)] = Dtype.bfloat16,
     json_output: Annotated[bool, output("--json", env=False, help=_JSON)] = False,
@@ -116,7 +118,7 @@ def batch(
     }  # fmt: skip
     options = Options(
         input, out, model, text, system, ordered, force, dry_run, max_parallel, ray, think, given, ctx, threads,
-        ram_budget, kv_disk, activations, dtype, json_output, quiet,
+        ram_budget, kv_disk, speculate, activations, dtype, json_output, quiet,
     )  # fmt: skip
     raise typer.Exit(run_batch(options))
 
@@ -261,6 +263,7 @@ def engine(options: Options, directory: Path, jobs: list[Job]) -> Iterator[Itera
         "threads": options.threads,
         "ram_budget": options.ram_budget,
         "kv_disk": options.kv_disk,
+        "speculate": options.speculate is common.Speculate.auto,
         "ctx": max(len(job.prompt) + job.longest for job in jobs),
         "cache": room_for(jobs, size),
     }

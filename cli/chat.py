@@ -38,6 +38,7 @@ def chat(
     ram_budget: o.RamBudget = None,
     gpu_experts: o.GpuExperts = None,
     kv_disk: o.KvDisk = None,
+    speculate: o.SpeculateOption = o.Speculate.off,
     verify: o.Verify = False,
     attach: o.Attach = "auto",
     api_key: o.ApiKey = None,

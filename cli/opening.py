@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cli.conversation import Conversation, default_system
 from cli.keys import leaving_on_interrupt, on_interrupt
-from cli.options import ChatOptions
+from cli.options import ChatOptions, Speculate
 from cli.output import is_drawable
 from cli.screen import ticking
 from cli.settings import Settings
@@ -51,6 +51,7 @@ def load_kimi(options: ChatOptions, on_progress: OnProgress) -> Kimi:
         gpu_experts=options.gpu_experts,
         keep_stats=options.stats is not False,
         kv_disk=0 if options.no_history else options.kv_disk,
+        speculate=options.speculate is Speculate.auto,
         verify=options.verify,
         on_progress=on_progress,
     )

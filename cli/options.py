@@ -23,6 +23,11 @@ class Activations(StrEnum):
     float32 = "float32"
 
 
+class Speculate(StrEnum):
+    off = "off"
+    auto = "auto"
+
+
 class Dtype(StrEnum):
     """Of the resident weights."""
 
@@ -117,6 +122,7 @@ _BUDGET = "End the reasoning after so many tokens: 8k, 32k, 96k, ..."
 _RAM = "For a pack's experts; those beyond it are read from the drive when needed. By default all that is free."
 _CARD = "Experts on the card; by default as many as there is room for, 0 for none."
 _KV_DISK = "Disk for what was read, so that it need not be read again after a restart; 0 for none."
+_SPECULATE = "auto: compute repeated text ahead where that proves faster; in bfloat16 an answer can rarely differ."
 _STATS = "Counts and speeds below answers; --no-stats also keeps no record of the experts chosen."
 _HISTORY = "Save neither the conversation nor what is typed, and nothing of --kv-disk."
 _ATTACH = "Use a running `kimi-local serve` of the model (auto), load it here (never), or the server at a URL."
@@ -164,6 +170,7 @@ GpuExperts = Annotated[int | None, machine("--gpu-experts", metavar="N", min=0, 
 KvDisk = Annotated[
     int | None, machine("--kv-disk", metavar="SIZE", parser=room, help=_KV_DISK, show_default="8G, or 10% of its space")
 ]
+SpeculateOption = Annotated[Speculate, machine("--speculate", help=_SPECULATE, show_default=True)]
 Verify = Annotated[bool, machine("--verify", help="Compare every expert of a pack with its checksum first.")]
 Attach = Annotated[str, machine("--attach", metavar="auto|never|URL", help=_ATTACH, show_default=True)]
 ApiKey = Annotated[str | None, machine("--api-key", metavar="KEY", help=_KEY)]
@@ -214,6 +221,7 @@ class ChatOptions:
     ram_budget: int | None = None
     gpu_experts: int | None = None
     kv_disk: int | None = None
+    speculate: Speculate = Speculate.off
     verify: bool = False
     attach: str = "auto"
     api_key: str | None = None

@@ -84,6 +84,8 @@ def stats_line(stats: Stats, capacity: int, ceiling_gbps: float | None, width: i
         parts.insert(2, f"first token {duration(stats.first_token_s)}")
     if stats.ram_gbps:
         parts.append(bandwidth(stats.ram_gbps, ceiling_gbps))
+    if stats.drafted:
+        parts.append(f"{count(stats.accepted)} of {count(stats.drafted)} guessed tok right")
     if stats.tier_hits + stats.tier_misses:
         parts.append(drive(stats))
     return fitted(parts, width)

@@ -25,6 +25,7 @@ from hybrid.engine.insight import Insight
 from hybrid.engine.request import Mask, Request
 from hybrid.engine.sampler import SamplingParams
 from hybrid.engine.service import Service
+from hybrid.engine.speculation import Gauge
 from hybrid.errors import KimiError, UsageError
 from hybrid.memory.achieved import recorded, run_file
 from hybrid.memory.bandwidth import ram_ceiling_gbps
@@ -85,6 +86,7 @@ class Kimi:
         kv_disk: int | None = 0,
         activations: str = "int8",
         verify: bool = False,
+        speculate: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
         on_progress: OnProgress | None = None,
     ) -> "Kimi":
@@ -100,7 +102,8 @@ class Kimi:
         for: copies that change with the text, or, where RAM does not hold all, experts that stay. keep_stats adds how
         experts were chosen to what is known of the model, when it is closed, and keeps the figures of this run for
         `plan --compare`. kv_disk bytes of the user's cache keep rows of prompts and answers, so that later runs need
-        not compute them again; None is 8 GiB or a tenth of the free disk, 0 neither writes nor reads.
+        not compute them again; None is 8 GiB or a tenth of the free disk, 0 neither writes nor reads. `speculate` has
+        ids that repeat what came before computed ahead, where that proves faster.
 
         Raises CheckpointError for a model that is missing, damaged or unknown, and DoesNotFit, before reading weights,
         when memory will not hold it.
@@ -138,12 +141,13 @@ class Kimi:
         )  # fmt: skip
         checkpoint.release()
         disk = open_disk_kv(checkpoint, kv, kv_disk, residence.exact, residence.card is not None)
-        kimi = cls(checkpoint, Engine(model, kv, prefill_chunk, tokens, disk), tier, known if keep_stats else None)
+        engine = Engine(model, kv, prefill_chunk, tokens, disk, Gauge() if speculate else None)
+        kimi = cls(checkpoint, engine, tier, known if keep_stats else None)
         failed = kimi._compile(report)
         if failed:
             log.warning("%s Everything is loaded again, for the CPU.", failed)
             kimi.close()
-            del kimi, model, kv, tier, residence, disk  # what they hold is needed once more
+            del kimi, engine, model, kv, tier, residence, disk  # what they hold is needed once more
             return cls.load(**given | {"device": "cpu", "gpu_experts": None})
         kimi._load_s, kimi._placement = time.monotonic() - began, placement
         return kimi

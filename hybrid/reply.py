@@ -53,7 +53,7 @@ class Reply:
                 continue
             if not self.stats.first_token_s:
                 self._clock.begin(self._request)
-            self._clock.note()
+            self._clock.note(self._request)
         if not self._parts:
             raise StopIteration
         return self._parts.popleft()
@@ -152,8 +152,9 @@ class _Clock:
         self._stats.disk_tokens = request.disk_tokens
         self._stats.prefill_s = request.prefill_seconds
 
-    def note(self) -> None:
+    def note(self, request: Request) -> None:
         stats, tier, before = self._stats, self._model.stats.tier, self._tier
+        stats.drafted, stats.accepted = request.drafted, request.accepted
         stats.decode_s = time.perf_counter() - self._first
         stats.expert_bytes = self._model.stats.expert_bytes - self._experts
         stats.host_bytes = self._model.host_bytes - self._host

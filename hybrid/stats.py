@@ -17,6 +17,8 @@ class Stats:
     decode_s: float = 0.0  # from the first token to the last
     expert_bytes: int = 0  # routed experts' weights read while decoding
     host_bytes: int = 0  # all weights read from the host's memory while decoding, those included
+    drafted: int = 0  # ids guessed and computed ahead,
+    accepted: int = 0  # and those that were right
     # where some experts stay on the drive, while decoding:
     tier_hits: int = 0  # experts found in RAM, counted once per step and layer
     tier_misses: int = 0  # and those that were not

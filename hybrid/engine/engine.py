@@ -8,7 +8,8 @@ from torch import Tensor
 from hybrid.engine.request import Request, require_room
 from hybrid.engine.sampler import require_finite
 from hybrid.engine.scheduler import Scheduler
-from hybrid.engine.scheduler import Sequence as Running
+from hybrid.engine.sequence import Sequence as Running
+from hybrid.engine.speculation import Gauge
 from hybrid.memory.disk_kv import DiskKV
 from hybrid.memory.kv_cache import KVCache, pages_for
 from hybrid.memory.prefix_cache import PrefixCache
@@ -20,14 +21,24 @@ class Engine:
     """Sequences over a paged cache, one or many at once. One thread at a time may use it."""
 
     def __init__(
-        self, model: Transformer, kv: KVCache, prefill_chunk: int, ctx: int, disk: DiskKV | None = None
+        self,
+        model: Transformer,
+        kv: KVCache,
+        prefill_chunk: int,
+        ctx: int,
+        disk: DiskKV | None = None,
+        gauge: Gauge | None = None,
     ) -> None:
-        """No sequence gets longer than `ctx` tokens; the cache may hold more, and `disk` what was in it before."""
+        """No sequence gets longer than `ctx` tokens; the cache may hold more, and `disk` what was in it before.
+
+        With a `gauge` ids are drafted where that pays.
+        """
         assert ctx <= kv.capacity, (ctx, kv.capacity)
         self.model = model
         self.kv = kv
         self.cache = PrefixCache(kv)
         self.disk = disk
+        self.gauge = gauge
         self.prefill_chunk = prefill_chunk
         self.ctx = ctx
         self._active: Scheduler | None = None
@@ -82,7 +93,13 @@ class Engine:
     def scheduler(self, batch: int) -> Scheduler:
         """One for up to `batch` sequences at once, to be taken on by `advance`; close it in the end."""
         return Scheduler(
-            self.model, self.cache, ctx=self.ctx, batch=batch, prefill_chunk=self.prefill_chunk, disk=self.disk
+            self.model,
+            self.cache,
+            ctx=self.ctx,
+            batch=batch,
+            prefill_chunk=self.prefill_chunk,
+            disk=self.disk,
+            gauge=self.gauge,
         )
 
     def advance(self, scheduler: Scheduler) -> list[Running]:

@@ -79,6 +79,8 @@ class Request:
     cached_tokens: int = 0
     disk_tokens: int = 0  # of those, read from the disk
     prefill_seconds: float = 0.0
+    drafted: int = 0  # ids guessed and computed ahead,
+    accepted: int = 0  # and those that were right
     finish_reason: str = ""  # stop | length | context | interrupted
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the model itself: before penalties, temperature
 

@@ -3,88 +3,26 @@
 A request starts when there are pages for its prompt and one more, and takes further ones as it grows. When there are
 none, the request that started last makes room and waits, first in line; what it had goes to the prefix cache, and it
 goes on from its prompt and what it has answered. The one that started first always gets to its end.
+
+A step may also compute ids that were only drafted to follow an answer. What comes is chosen row by row, as if the ids
+had come one per step: the first that is not as drafted ends it, and no row beyond is ever counted as done.
 """
 
-import time
 from collections import deque
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hybrid.engine.request import Cancelled, Request
 from hybrid.engine.sampler import Sampler, require_finite
+from hybrid.engine.sequence import Part, Sequence
+from hybrid.engine.speculation import ROWS, Gauge
 from hybrid.errors import KimiError
 from hybrid.memory.disk_kv import DiskKV
 from hybrid.memory.kv_cache import PAGE_SIZE, pages_for
 from hybrid.memory.prefix_cache import PrefixCache
 from hybrid.model.batch import Batch, Segment
 from hybrid.model.transformer import Transformer
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A request with what has become of it: `ids` are its prompt and answer, `done` of them have rows in `pages`."""
-
-    request: Request
-    sampler: Sampler
-    longest: int  # rows it may come to need
-    ids: list[int]
-    done: int = 0
-    pages: list[int] = field(default_factory=list)
-    found: int | None = None  # rows that were in the cache when it first started
-    started: float = 0.0
-    error: KimiError | None = None
-
-    @property
-    def answer(self) -> list[int]:
-        """The new ids, a stop id included."""
-        return self.ids[len(self.request.prompt) :]
-
-    @property
-    def is_prompt(self) -> bool:
-        """Whether what comes next is part of the prompt."""
-        return self.done < len(self.request.prompt)
-
-    @property
-    def is_reading(self) -> bool:
-        """Whether more comes next than one token of the answer: of the prompt, or of what it had to give up."""
-        return self.is_prompt or self.done < len(self.ids) - 1
-
-    @property
-    def ended(self) -> bool:
-        return bool(self.request.finish_reason) or self.error is not None
-
-    def start(self, pages: list[int], rows: int, from_disk: int) -> None:
-        """Go on with `pages`, which hold so many rows already, some of them just read from the disk."""
-        self.pages, self.done = pages, rows
-        if self.found is None:
-            self.found = self.request.cached_tokens = rows
-            self.request.disk_tokens = from_disk
-            self.started = time.perf_counter()
-
-    def note_layer(self, rows: int) -> None:
-        """The work done on a step's layers amounts to so many rows."""
-        if self.is_prompt and len(self.ids) == len(self.request.prompt):
-            self.request.on_prefill(self.done + rows, len(self.request.prompt))
-
-    def advance(self, count: int) -> None:
-        """`count` more ids have their rows."""
-        prompt = self.is_prompt and len(self.ids) == len(self.request.prompt)
-        self.done += count
-        if prompt:
-            self.request.prefill_seconds = time.perf_counter() - self.started
-            self.request.on_prefill(self.done, len(self.request.prompt))
-
-    def take(self, logits: Tensor) -> None:
-        """Choose the next id by logits [vocab], and note if it is the last; or note the error."""
-        try:
-            token = self.request.choose(self.sampler, logits, self.answer)
-        except KimiError as error:
-            self.error = error
-            return
-        self.ids.append(token)
-        self.request.note_end(token, len(self.ids) - len(self.request.prompt), full=self.done >= self.longest)
 
 
 class Scheduler:
@@ -99,11 +37,16 @@ class Scheduler:
         batch: int,
         prefill_chunk: int,
         disk: DiskKV | None = None,
+        gauge: Gauge | None = None,
     ) -> None:
-        """At most `ctx` tokens per sequence, `batch` sequences at once and `prefill_chunk` tokens of prompts a step."""
+        """At most `ctx` tokens per sequence, `batch` sequences at once and `prefill_chunk` tokens of prompts a step.
+
+        As many ids are drafted as `gauge` says; without one, none.
+        """
         self.model = model
         self.cache = cache
         self.disk = disk
+        self.gauge = gauge
         self.ctx = ctx
         self.batch = batch
         self.prefill_chunk = prefill_chunk
@@ -134,12 +77,12 @@ class Scheduler:
         if not planned:
             return ended
         try:
-            self._forward(planned)
+            self._compute(planned)
         except Cancelled:
             return ended + self._drop_cancelled()
         except KimiError as error:
-            for each, _ in planned:
-                each.error = error
+            for part in planned:
+                part.sequence.error = error
         return ended + self._remove([each for each in self.running if each.ended])
 
     def pause(self) -> None:
@@ -200,7 +143,7 @@ class Scheduler:
         each.start(*self.cache.open(match, len(each.ids)), from_disk)
         return True
 
-    def _plan(self) -> list[tuple[Sequence, int]]:
+    def _plan(self) -> list[Part]:
         """Who takes part in this step with how many ids: every answer with one, prompts with what the chunk allows."""
         room = self.prefill_chunk
         planned = []
@@ -210,8 +153,33 @@ class Scheduler:
             count = min(len(each.ids) - each.done, room) if each.is_reading else 1
             if count and self._grow(each, each.done + count):
                 room -= count if each.is_reading else 0
-                planned.append((each, count))
+                planned.append(Part(each, count, []))
         return planned
+
+    def _compute(self, planned: list[Part]) -> None:
+        """`_forward`, with ids drafted where a few answers go on and nothing else; its seconds tell what that costs."""
+        if self.gauge is None or len(planned) >= ROWS or any(part.sequence.is_reading for part in planned):
+            self._forward(planned)
+            return
+        planned = self._draft(planned, self.gauge)
+        began = self.gauge.clock()
+        self._forward(planned)
+        self.gauge.note(len(planned), sum(part.rows for part in planned), self.gauge.clock() - began)
+
+    def _draft(self, planned: list[Part], gauge: Gauge) -> list[Part]:
+        """The same with as many ids drafted as pay."""
+        drafts = {each: draft for each, _, _ in planned if (draft := each.drafter.draft(each.ids))}
+        most = gauge.choose(len(planned), [each.drafter.hope for each in drafts])
+        return [Part(each, count, self._fitting(each, drafts.get(each, [])[:most])) for each, count, _ in planned]
+
+    def _fitting(self, each: Sequence, draft: list[int]) -> list[int]:
+        """As much of `draft` as may be needed and has room: nobody's pages are taken for it."""
+        draft = draft[: each.longest - len(each.ids)]
+        tokens = len(each.ids) + len(draft)
+        if pages_for(tokens) - len(each.pages) > len(self.cache.kv.free):
+            return []
+        self.cache.kv.extend(each.pages, tokens)
+        return draft
 
     def _grow(self, each: Sequence, tokens: int) -> bool:
         """Have pages for `tokens` tokens, at the cost of others who started later; False if it had to go itself."""
@@ -230,19 +198,30 @@ class Scheduler:
         self.waiting.appendleft(last)
         return last
 
-    def _forward(self, planned: list[tuple[Sequence, int]]) -> None:
+    def _forward(self, planned: list[Part]) -> None:
         """Compute the planned ids, and choose the next one where all of a sequence is computed."""
-        h = self.model.forward(self._batch(planned), self.cache.kv)
+        hidden = self.model.forward(self._batch(planned), self.cache.kv).split([part.rows for part in planned])
         ready = []
-        stop = 0
-        for each, count in planned:
-            start, stop = stop, stop + count
-            if self._take_rows(each, h[start:stop]) and each.done == len(each.ids):
-                ready.append((each, stop - 1))
+        for part, h in zip(planned, hidden, strict=True):
+            each = part.sequence
+            if self._take_rows(each, h[: part.known]) and each.done == len(each.ids):
+                ready.append((part, h[part.known - 1 :]))
         if ready:
-            logits = self.model.head(h[[row for _, row in ready]])
-            for (each, _), scores in zip(ready, logits, strict=True):
-                each.take(scores)
+            logits = self.model.head(torch.cat([h for _, h in ready])).split([len(h) for _, h in ready])
+            for (part, h), scores in zip(ready, logits, strict=True):
+                self._answer(part, h, scores)
+
+    def _answer(self, part: Part, h: Tensor, logits: Tensor) -> None:
+        """Choose an id by each row of `logits`, and go on to the next row while that is the id drafted for it."""
+        each, drafted = part.sequence, part.drafted
+        each.take(logits[0])
+        for row, token in enumerate(drafted, start=1):
+            if each.ended or each.ids[-1] != token or not self._take_rows(each, h[row : row + 1]):
+                break
+            each.request.accepted += 1
+            each.take(logits[row])
+        each.request.drafted += len(drafted)
+        self.cache.kv.release(each.pages, len(each.ids))
 
     def _take_rows(self, each: Sequence, h: Tensor) -> bool:
         """Count the rows behind hidden states `h` in, and share the pages they fill; False if they are no numbers."""
@@ -257,19 +236,20 @@ class Scheduler:
             self.cache.publish(each.ids[: each.done], each.pages)
         return True
 
-    def _batch(self, planned: list[tuple[Sequence, int]]) -> Batch:
+    def _batch(self, planned: list[Part]) -> Batch:
         ids: list[int] = []
         segments = []
-        for each, count in planned:
+        for each, count, drafted in planned:
             assert all(self.cache.kv.holders[page] == 1 for page in each.pages[each.done // PAGE_SIZE :])
-            segments.append(Segment(len(ids), len(ids) + count, each.done, tuple(each.pages)))
-            ids += each.ids[each.done : each.done + count]
+            start = len(ids)
+            ids += each.ids[each.done : each.done + count] + drafted
+            segments.append(Segment(start, len(ids), each.done, tuple(each.pages)))
         layers = self.model.config.num_hidden_layers
 
         def on_layer(layer: int) -> None:
-            if all(each.request.cancelled for each, _ in planned):
+            if all(part.sequence.request.cancelled for part in planned):
                 raise Cancelled
-            for each, count in planned:
-                each.note_layer(count * layer // layers)
+            for part in planned:
+                part.sequence.note_layer(part.known * layer // layers)
 
         return Batch(torch.tensor(ids), tuple(segments), on_layer)

@@ -13,7 +13,7 @@ import torch
 
 from hybrid.engine.engine import Engine
 from hybrid.engine.request import Closed, Full, Request
-from hybrid.engine.scheduler import Sequence
+from hybrid.engine.sequence import Sequence
 
 Item = int | Exception | None  # an id; or the end, with or without an error
 T = TypeVar("T")

@@ -14,6 +14,8 @@ HELP = {
     "prompt_cached_tokens_total": "Those of them found in the cache.",
     "prompt_seconds_total": "Seconds spent on prompts.",
     "tokens_predicted_total": "Tokens made, with reasoning.",
+    "tokens_drafted_total": "Tokens guessed and computed ahead.",
+    "tokens_accepted_total": "Those of them that were right.",
     "tokens_predicted_seconds_total": "Seconds spent making them.",
     "request_seconds_total": "Seconds from first token to last, and the prompt's, of ended answers.",
     "requests_processing": "Answers being made.",
@@ -90,6 +92,8 @@ class Desk:
             self._totals["prompt_tokens_total"] += stats.prompt_tokens if stats.first_token_s else 0
             self._totals["prompt_cached_tokens_total"] += stats.cached_tokens
             self._totals["tokens_predicted_total"] += stats.generated_tokens
+            self._totals["tokens_drafted_total"] += stats.drafted
+            self._totals["tokens_accepted_total"] += stats.accepted
             for name, seconds in (("prompt", stats.prefill_s), ("tokens_predicted", stats.decode_s)):
                 self._totals[f"{name}_seconds_total"] += seconds
             self._totals["request_seconds_total"] += stats.prefill_s + stats.decode_s

@@ -13,7 +13,7 @@ from hybrid import Kimi, SamplingParams
 from hybrid.engine.engine import Engine
 from hybrid.engine.request import Request
 from hybrid.engine.scheduler import Scheduler
-from hybrid.engine.scheduler import Sequence as Running
+from hybrid.engine.sequence import Sequence as Running
 from hybrid.errors import KimiError
 
 COUNT = 64
