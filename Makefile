@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS ?=
+WORKERS ?= 2
 
 .PHONY: help chat test check acceptance fix bench clean
 .DEFAULT_GOAL := help
@@ -16,8 +17,8 @@ help:  ## list the targets
 chat: $(VENV)/.chat  ## set up what is missing, then chat with the demo model; ARGS="..." passes options
 	@$(BIN)/kimi-local chat $(ARGS)
 
-test: $(VENV)/.dev  ## set up what is missing, then run all tests; ARGS="..." passes options to pytest
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev  ## set up what is missing, then run all tests; ARGS="..." passes options to pytest, WORKERS=0 uses one process
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev  ## lint, format and types, then all tests
 	$(BIN)/ruff check .
