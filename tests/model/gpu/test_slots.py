@@ -66,7 +66,9 @@ def test_it_adapts_while_it_runs(path: Path, card: Card) -> None:
     """The same few tokens again and again: their experts come in, and every step says what the host alone says."""
     model, cache = with_cache(path, card, 6)
     plain = load(path, None)
-    caches = [KVCache(model.config, 64, dtype=torch.bfloat16, device=each) for each in (card.device, "cpu")]
+    caches = [
+        KVCache(model.config, 64, dtype=torch.bfloat16, device=each) for each in (card.device, torch.device("cpu"))
+    ]
     rates, pairs = [], []
     for step in range(8):
         batch = Batch(torch.tensor([7 + step % 2]), (Segment(0, 1, step, (0,)),))
