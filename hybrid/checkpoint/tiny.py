@@ -7,6 +7,7 @@ decoding wanders instead of repeating one token.
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +103,18 @@ def make_tiny(
 
 
 def tiny_config(overrides: Mapping[str, Any], *, experts: str, nested: bool) -> dict[str, Any]:
-    """config.json of a tiny model: the released layout if `nested`, else the flat one of DeepSeek models."""
-    text = {**TINY_TEXT_CONFIG, **overrides}
+    """config.json of a tiny model: the released layout if `nested`, else the flat one of DeepSeek models.
+
+    All of it is the caller's to change.
+    """
+    text = deepcopy({**TINY_TEXT_CONFIG, **overrides})
     vision = text.pop("vision_config", None)
     if text["model_type"] == "deepseek_v2":
         text["architectures"] = ["DeepseekV2ForCausalLM"]
     ranks = text["vocab_size"] - NUM_SPECIALS
     ids = {"bos_token_id": ranks, "eos_token_id": ranks + 1, "pad_token_id": ranks + 255}
     text = {**text, **ids, **{key: overrides[key] for key in ids if key in overrides}}
-    quantization = _QUANTIZATIONS[experts]
+    quantization = deepcopy(_QUANTIZATIONS[experts])
     if quantization is not None and "quantization_config" not in overrides:
         text["quantization_config"] = quantization
     if not nested:

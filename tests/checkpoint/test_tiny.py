@@ -25,11 +25,11 @@ VISION = {
 }
 
 
-def test_same_seed_same_files(tmp_path: Path) -> None:
-    one, again, other = (make_tiny(tmp_path / name, seed=seed) for name, seed in (("one", 0), ("again", 0), ("2", 1)))
-    names = sorted(path.name for path in one.iterdir())
-    assert filecmp.cmpfiles(one, again, names, shallow=False) == (names, [], [])
-    assert "model-00001-of-000001.safetensors" in filecmp.cmpfiles(one, other, names, shallow=False)[1]
+def test_same_seed_same_files(tmp_path: Path, tiny: Path) -> None:
+    again, other = make_tiny(tmp_path / "again"), make_tiny(tmp_path / "other", seed=1)
+    names = sorted(path.name for path in tiny.iterdir())
+    assert filecmp.cmpfiles(tiny, again, names, shallow=False) == (names, [], [])
+    assert "model-00001-of-000001.safetensors" in filecmp.cmpfiles(tiny, other, names, shallow=False)[1]
 
 
 @pytest.mark.parametrize("experts", ["int4", "bf16", "fp8"])
