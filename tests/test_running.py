@@ -7,14 +7,14 @@ import os
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from hybrid.running import Running, announced, from_here, running
+from tests.answering import answering
 
 
 class _Health(BaseHTTPRequestHandler):
@@ -32,12 +32,8 @@ class _Health(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A server that says it is this process."""
-    with HTTPServer(("127.0.0.1", 0), _Health) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with answering(_Health) as address:
+        yield address
 
 
 def record(address: str, **changed: object) -> Running:

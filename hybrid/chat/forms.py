@@ -39,13 +39,13 @@ def answer_grammar(response_format: Mapping[str, Any] | None) -> str | None:
             raise BadForm(f"Answers of type {kind!r} are not here: {known} are.", "response_format", UNSUPPORTED)
 
 
-def calls_grammar(tools: Sequence[Mapping[str, Any]], name: str | None, param: str = "tool_choice") -> str:
+def calls_grammar(tools: Sequence[Mapping[str, Any]], name: str | None) -> str:
     """The rule of an answer that calls these tools; of one call of the tool `name` if that is given. Raises BadForm."""
     functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), Mapping)]
     chosen = [function for function in functions if name is None or function.get("name") == name]
     if not chosen:
         what = "There are no tools to call." if name is None else f"There is no tool {name!r}."
-        raise BadForm(what, param)
+        raise BadForm(what, "tool_choice")
     calls = " | ".join(f"( {_call(function)} )" for function in chosen)
     return f"{SECTION_BEGIN[0]} ( {calls} ){'+' if name is None else ''} {SECTION_END[0]}"
 

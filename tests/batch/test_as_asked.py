@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ from hybrid.batch.jobs import Answer, Job, Prompts
 from hybrid.batch.lines import read_lines
 from hybrid.batch.records import answer_record
 from hybrid.batch.run import answers, params_of
-from hybrid.checkpoint import open_checkpoint
+from tests.batch.conftest import jobs_of
 
 HI = [{"role": "user", "content": "hello"}]
 GREEDY: dict[str, Any] = {"messages": HI, "temperature": 0, "max_tokens": 40, "enable_thinking": False}
@@ -25,25 +23,6 @@ SCHEMA = {
     "additionalProperties": False,
 }
 FORMAT = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA}}
-
-
-@pytest.fixture(scope="module")
-def kimi(tiny: Path) -> Iterator[Kimi]:
-    with Kimi.load(tiny, dtype="float32", activations="float32", threads=1, ctx=512, cache=2048) as kimi:
-        yield kimi
-
-
-@pytest.fixture(scope="module")
-def prompts(tiny: Path) -> Prompts:
-    with open_checkpoint(tiny) as checkpoint:
-        return Prompts(checkpoint, 512)
-
-
-def jobs_of(prompts: Prompts, *bodies: dict[str, Any]) -> list[Job]:
-    found = read_lines(json.dumps(each).encode() for each in bodies)
-    jobs, refused = prompts.jobs(found.good, {}, None)
-    assert not found.bad and not refused
-    return jobs
 
 
 def bodies(kimi: Kimi, prompts: Prompts, jobs: list[Job]) -> list[dict[str, Any]]:

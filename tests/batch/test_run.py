@@ -3,44 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hybrid import Kimi
 from hybrid.batch.estimate import estimate, room_for, sequences
 from hybrid.batch.jobs import Answer, Job, Prompts, by_prefix, shared_tokens
-from hybrid.batch.lines import Lines, read_lines
+from hybrid.batch.lines import read_lines
 from hybrid.batch.records import answer_record, error_record
 from hybrid.batch.run import answers, params_of, write_answers
 from hybrid.batch.state import Output
-from hybrid.checkpoint import open_checkpoint
-
-
-@pytest.fixture(scope="module")
-def kimi(tiny: Path) -> Iterator[Kimi]:
-    with Kimi.load(tiny, dtype="float32", activations="float32", threads=1, ctx=512, cache=2048) as kimi:
-        yield kimi
-
-
-@pytest.fixture(scope="module")
-def prompts(tiny: Path) -> Prompts:
-    with open_checkpoint(tiny) as checkpoint:
-        return Prompts(checkpoint, 512)
-
-
-def read(*objects: dict[str, Any]) -> Lines:
-    found = read_lines(json.dumps(each).encode() for each in objects)
-    assert not found.bad
-    return found
-
-
-def jobs_of(prompts: Prompts, *objects: dict[str, Any], **defaults: Any) -> list[Job]:
-    jobs, refused = prompts.jobs(read(*objects).good, defaults, None)
-    assert not refused
-    return jobs
+from tests.batch.conftest import jobs_of, read
 
 
 def many(prompts: Prompts, count: int = 12) -> list[Job]:

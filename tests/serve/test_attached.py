@@ -6,7 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from hybrid.attached import Attached, Link
 from hybrid.chat.message import Message, Text, Think, ToolCall, join_parts
 from hybrid.errors import ContextExceeded, KimiError
 from hybrid.progress import Progress
+from tests.answering import answering
 from tests.serve.conftest import CTX, ScriptedKimi, serving
 
 THINKING = "say:let me think</think>the answer"
@@ -195,12 +196,8 @@ class _Other(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def other() -> Iterator[str]:
-    with HTTPServer(("127.0.0.1", 0), _Other) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with answering(_Other) as address:
+        yield address
 
 
 def test_another_server_is_told_apart(other: str) -> None:
