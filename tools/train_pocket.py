@@ -1,7 +1,7 @@
-"""Train the pocket model: Kimi K2.5 with 20 million parameters, on two CPU cores in an hour and a half.
+"""Train the pocket model: Kimi K2.5 with 20 million parameters, on two CPU cores in two hours.
 
     python tools/train_pocket.py prepare /tmp/pocket/data
-    python tools/train_pocket.py train /tmp/pocket/data --out /tmp/pocket/run --minutes 90 --threads 2
+    python tools/train_pocket.py train /tmp/pocket/data --out /tmp/pocket/run --minutes 120 --threads 2
     python tools/train_pocket.py export /tmp/pocket/run /tmp/pocket/model --data /tmp/pocket/data
 
 `train` and `branch`, when interrupted, continue if given again. `plot RUN... PNG` draws what their logs say.
@@ -82,7 +82,7 @@ def branch(
     run: Path,
     data: Path,
     out: Path,
-    steps: Annotated[int, typer.Option(help="How many more.")],
+    steps: Annotated[int | None, typer.Option(help="How many more; without it, RUN's own end and rates.")] = None,
     checkpoint: Annotated[str, typer.Option(help="File of the run to start from.")] = CHECKPOINT,
     plateau: Annotated[int, typer.Option(help="So many of them before the rate falls.")] = 0,
     lr: Annotated[float | None, typer.Option(help="Another rate from here on.")] = None,
@@ -92,6 +92,8 @@ def branch(
     """Go on another way from a checkpoint: at another rate, for longer, with INT4 experts at the end or without."""
     from pocket.dataset import Dataset
 
+    if steps is None and (plateau or lr is not None):
+        raise KimiError("--plateau and --lr need --steps.", "Say how many steps there are to be.")
     if not (out / SETTINGS).exists():
         new_branch(run, checkpoint, out, steps=steps, qat_steps=qat_steps, plateau=plateau, lr=lr)
     train_run(out, Dataset(data, Settings.load(out).seed), threads)

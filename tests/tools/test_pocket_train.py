@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,25 @@ def test_branches_differ_in_the_experts_alone(tmp_path: Path) -> None:
     assert ends[0].step == ends[1].step == 7 and not same(*ends)
     with pytest.raises(KimiError, match="already exists"):
         branch(run, kept, tmp_path / "with", steps=3, qat_steps=3)
+
+
+def test_a_branch_may_keep_the_rates_of_its_run(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", 6, decay_from=3, qat_from=5)
+    end = train(run, Copy())
+    kept = "step-000005.safetensors"
+    again, without = (branch(run, kept, tmp_path / name, qat_steps=qat) for name, qat in (("again", 1), ("without", 0)))
+    assert again == Settings.load(run) and without == replace(again, qat_from=6)
+    assert same(train(tmp_path / "again", Copy()), end) and not same(train(tmp_path / "without", Copy()), end)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_products_are_made_in_the_precision_asked_for(precision: str) -> None:
+    plan = replace(settings(4), precision=precision)
+    with Trainer(plan, State.new(plan.config, 0), Copy()) as trainer:
+        weights = trainer._weights(quantized=True)
+        trainer.step()
+    assert weights["lm_head.weight"].dtype == plan.dtype
+    assert torch.equal(weights["lm_head.weight"].bfloat16().to(plan.dtype), weights["lm_head.weight"])
 
 
 def test_bias_follows_the_load_until_it_is_frozen() -> None:

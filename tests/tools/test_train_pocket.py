@@ -51,6 +51,13 @@ def test_from_nothing_to_a_model(tool: ModuleType, monkeypatch: pytest.MonkeyPat
         assert torch.isfinite(kimi.logits([1, 2, 3])).all()
 
 
+def test_a_rate_needs_to_know_for_how_long(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tool, monkeypatch, "branch", tmp_path, tmp_path, tmp_path / "end", "--lr=0.1") == 1
+    assert "need --steps" in capsys.readouterr().err
+
+
 def test_a_length_is_needed(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

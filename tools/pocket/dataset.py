@@ -44,7 +44,7 @@ SHARES = {
     "running": 5,
 }
 # Before anything else: to find a word again, which most of the others rest on.
-FIRST_STEPS = 1500
+FIRST_STEPS = 1000
 FIRST_SHARES = {
     "lookup": 25,
     "lookup_chat": 5,

@@ -21,11 +21,11 @@ BETAS = (0.9, 0.95)
 APART = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
 
 
-def orthogonal(x: Tensor) -> Tensor:
-    """[..., rows, columns] -> bf16 of that shape: each matrix with its singular values moved close to 1."""
+def orthogonal(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """[..., rows, columns] -> `dtype` of that shape: each matrix with its singular values moved close to 1."""
     a, b, c = COEFFICIENTS
     tall = x.shape[-2] > x.shape[-1]
-    y = x.bfloat16().flatten(0, -3) if x.dim() > 2 else x.bfloat16()[None]
+    y = x.to(dtype).flatten(0, -3) if x.dim() > 2 else x.to(dtype)[None]
     y = y.mT if tall else y
     y = y / y.norm(dim=(1, 2), keepdim=True).clamp_(min=EPS)
     for _ in range(STEPS):
@@ -40,13 +40,16 @@ def is_matrix(name: str, tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def muon_step(master: Tensor, grad: Tensor, momentum: Tensor, lr: float, decay: float) -> None:
+def muon_step(
+    master: Tensor, grad: Tensor, momentum: Tensor, lr: float, decay: float, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """One step of Muon with Nesterov momentum; changes `master` and `momentum`, [..., rows, columns] like `grad`.
 
-    Leading dimensions are separate matrices. The update's size is matched to AdamW's, so one rate serves both.
+    Leading dimensions are separate matrices. The update's size is matched to AdamW's, so one rate serves both. The
+    iterations run in `dtype`.
     """
     momentum.lerp_(grad, 1 - MOMENTUM)
-    update = orthogonal(grad.lerp(momentum, MOMENTUM))
+    update = orthogonal(grad.lerp(momentum, MOMENTUM), dtype)
     master.mul_(1 - lr * decay)
     master.add_(update, alpha=-lr * MATCH * math.sqrt(max(master.shape[-2:])))
 

@@ -19,7 +19,13 @@ from pocket.muon import is_matrix
 
 CHECKPOINT, SETTINGS, LOG = "checkpoint.safetensors", "settings.json", "log.jsonl"
 TAU = 100.0  # as for K2
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FROZEN_SHARE = 0.03  # last part of a run, in which the router's bias stays: frozen for longer, loads drift apart
+
+
+def fastest_precision() -> str:
+    """bf16 where the CPU has instructions for it; without them torch takes many times as long as in fp32."""
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +47,16 @@ class Settings:
     clip_norm: float = 1.0
     tau: float | None = TAU  # largest attention logit that QK-Clip allows; None: no clipping
     gamma: float = 1e-2  # step of the router's bias; half of it took twice as long to spread the load
+    precision: str = field(default_factory=fastest_precision)  # of products: bf16 or fp32; masters are fp32
     model: dict[str, Any] = field(default_factory=dict)  # keys of text_config that differ from the pocket model's
 
     @property
     def config(self) -> ModelConfig:
         return model_config(self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision]
 
     def rate(self, step: int) -> float:
         """The learning rate: a linear rise, a plateau, a linear fall."""

@@ -103,7 +103,7 @@ class Trainer:
         names = self.state.masters
 
         def leaf(name: str) -> Tensor:
-            one = multiplied({name: names[name]}, torch.bfloat16, quantized=quantized)
+            one = multiplied({name: names[name]}, self.settings.dtype, quantized=quantized)
             return one[name].requires_grad_()
 
         return dict(zip(names, self.pool.map(leaf, names), strict=True))
@@ -137,7 +137,7 @@ class Trainer:
         state, rate, decay = self.state, self.settings.rate(self.state.step), self.settings.weight_decay
         master, mean = state.masters[name], state.mean[name]
         if is_matrix(name, master):
-            muon_step(master, grad, mean, rate, decay)
+            muon_step(master, grad, mean, rate, decay, self.settings.dtype)
         else:
             adamw_step(master, grad, mean, state.square[name], rate, decay, state.step + 1)
 
@@ -158,7 +158,7 @@ def train(run: Path, data: Data, threads: int = 1, *, log_every: int = 10, save_
         for measured in timed(trainer.step, settings.steps - state.step):
             log.add(measured, settings.rate(state.step - 1), every=log_every)
             show(measured, settings.steps)
-            if state.step == settings.decay_from:
+            if state.step in (settings.decay_from, settings.qat_from):
                 state.save(run / f"step-{state.step:06}.safetensors")  # for experiments on how to end
             if time.monotonic() - saved > save_seconds:
                 state.save(path)
@@ -184,20 +184,28 @@ def seconds_per_step(settings: Settings, data: Data, threads: int) -> float:
 
 
 def branch(
-    run: Path, checkpoint: str, new: Path, *, steps: int, qat_steps: int, plateau: int = 0, lr: float | None = None
+    run: Path,
+    checkpoint: str,
+    new: Path,
+    *,
+    qat_steps: int,
+    steps: int | None = None,
+    plateau: int = 0,
+    lr: float | None = None,
 ) -> Settings:
-    """Make `new` a run that continues `checkpoint` of `run` for `steps` steps.
+    """Make `new` a run that continues `checkpoint` of `run` for `steps` steps, by default as the run itself goes on.
 
     The rate stays on its plateau, or on a new one of `lr`, for the first `plateau` steps and falls from then on;
-    experts are INT4 in the last `qat_steps`. Two branches that differ in these alone see the same data at the same
-    rates. Raises KimiError if `new` exists.
+    without `steps`, it is that of the run. Experts are INT4 in the last `qat_steps`. Two branches that differ in these
+    alone see the same data at the same rates. Raises KimiError if `new` exists.
     """
     if new.exists():
         raise KimiError(f"{new} already exists.", "Choose another directory.")
     state, old = State.load(run / checkpoint), Settings.load(run)
-    end, fall = state.step + steps, state.step + plateau
-    frozen = end - round(steps * FROZEN_SHARE)
-    changed: dict[str, Any] = {"steps": end, "decay_from": fall, "qat_from": end - qat_steps, "freeze_from": frozen}
+    end = old.steps if steps is None else state.step + steps
+    changed: dict[str, Any] = {"steps": end, "qat_from": end - qat_steps}
+    if steps is not None:
+        changed |= {"decay_from": state.step + plateau, "freeze_from": end - round(steps * FROZEN_SHARE)}
     if lr is not None:
         changed |= {"lr": lr, "earlier": [*old.earlier, [state.step, old.lr]]}
     settings = dataclasses.replace(old, **changed)
