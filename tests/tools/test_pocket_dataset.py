@@ -8,7 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pocket.dataset import FIRST_SHARES, FIRST_STEPS, HELD_OUT_FILE, SHARES, TEXT_FILE, Dataset, draw_case
+from pocket.dataset import (
+    FIRST_SHARES,
+    FIRST_STEPS,
+    HELD_OUT_FILE,
+    LAST_FROM,
+    LAST_SHARES,
+    SHARES,
+    TEXT_FILE,
+    Dataset,
+    draw_case,
+    shares_at,
+)
 from pocket.prepare import case_texts, held_out_text, write_text, write_vocabulary
 from pocket.smalltalk import TALK
 from pocket.sources import Source, clean, conversations
@@ -94,7 +105,10 @@ def test_the_first_steps_practise_finding_words(data: Dataset) -> None:
         batch = data.batch(step, 60, LENGTH)
         return int((batch.documents == 0).all(1).sum())
 
-    assert FIRST_SHARES.keys() < SHARES.keys()
+    assert FIRST_SHARES.keys() < SHARES.keys() == LAST_SHARES.keys()
+    assert [shares_at(step) for step in (0, FIRST_STEPS - 1, FIRST_STEPS, LAST_FROM - 1, LAST_FROM)] == [
+        FIRST_SHARES, FIRST_SHARES, SHARES, SHARES, LAST_SHARES,
+    ]  # fmt: skip
     assert plain_rows(FIRST_STEPS - 1) == 0 < plain_rows(FIRST_STEPS)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from pocket.dataset import FIRST_SHARES, FIRST_STEPS, PLAIN_ROWS, SHARES
+from pocket.dataset import FIRST_SHARES, FIRST_STEPS, LAST_FROM, LAST_SHARES, PLAIN_ROWS, SHARES
 from pocket.model import shapes
 from pocket.muon import APART
 from pocket.record import read_log
@@ -94,8 +94,16 @@ def _marks(log: list[dict[str, Any]], count: int = 10) -> list[dict[str, Any]]:
 
 
 def _data(data: Path) -> Iterator[str]:
-    yield "Conversations made on the spot, split by a hash of the prompt so that no test case was ever trained on:"
-    yield from wrap(f"{_spelled(SHARES)}. In the first {FIRST_STEPS:,} steps: {_spelled(FIRST_SHARES)}.", 120)
+    yield "Conversations made on the spot, split by a hash of the prompt so that no test case was ever trained on."
+    yield ""
+    parts = (
+        (f"Until step {FIRST_STEPS:,}", FIRST_SHARES),
+        (f"until step {LAST_FROM:,}", SHARES),
+        ("then", LAST_SHARES),
+    )
+    for when, shares in parts:
+        yield from wrap(f"- {when}: {_spelled(shares)}", 118, subsequent_indent="  ")
+    yield ""
     yield f"Only answers are learned. {PLAIN_ROWS:.0%} of later rows, and what is left over in others, are plain text:"
     yield ""
     yield "| package | version | licence |"

@@ -55,7 +55,26 @@ FIRST_SHARES = {
     "tool_refusal": 5,
     "tool_call": 5,
 }
-PLAIN_ROWS = 0.12  # from then on: rows of nothing but plain text; the ends of the other rows are filled with it, too
+# At last: fewer drills, more of what is asked in the end.
+LAST_FROM = 2000
+LAST_SHARES = {
+    **SHARES,
+    "arithmetic": 13,
+    "arithmetic_instant": 6,
+    "copy": 10,
+    "count": 9,
+    "sort": 6,
+    "lookup": 17,
+    "tool_call": 8,
+    "tool_multi": 4,
+    "lookup_chat": 6,
+    "pairs": 5,
+    "present": 2,
+    "running": 1,
+}
+PLAIN_ROWS = (
+    0.12  # after FIRST_STEPS: rows of nothing but plain text; the ends of the other rows are filled with it, too
+)
 WITH_SYSTEM = 0.15  # conversations that begin with the usual system prompt
 PROMPT_WEIGHT, ANSWER_WEIGHT = 0.0, 1.0
 PLAIN_WEIGHT = 0.5  # its loss stays high whatever is learned, and would drown the answers'
@@ -89,9 +108,8 @@ class Dataset:
         """The same for the same arguments. ids and positions int64, documents int32 (counted within a row; rows are
         full, so none is -1), weights float32."""
         rng = random.Random(f"{self.seed} {step}")
-        first = step < FIRST_STEPS
-        documents = self._conversations(rng, FIRST_SHARES if first else SHARES, length)
-        plain = 0.0 if first else PLAIN_ROWS
+        documents = self._conversations(rng, shares_at(step), length)
+        plain = 0.0 if step < FIRST_STEPS else PLAIN_ROWS
         return _stacked([self._row(rng, documents, plain, length) for _ in range(rows)])
 
     def _row(self, rng: random.Random, documents: "_Queue", plain: float, length: int) -> list[Document]:
@@ -136,6 +154,13 @@ class Dataset:
             weights.append(ANSWER_WEIGHT if answering else PROMPT_WEIGHT)
             answering = token == begin or (answering and token != end)
         return weights
+
+
+def shares_at(step: int) -> Mapping[str, int]:
+    """What a step's conversations are about."""
+    if step < FIRST_STEPS:
+        return FIRST_SHARES
+    return SHARES if step < LAST_FROM else LAST_SHARES
 
 
 class _Queue:
