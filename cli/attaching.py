@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from hybrid.progress import OnProgress
 
 AUTO, NEVER = "auto", "never"
-LOADING = ("ctx", "threads", "device", "activations", "ram_budget", "gpu_experts", "kv_disk", "speculate", "verify")
+LOADING = (
+    "ctx", "threads", "device", "activations", "ram_budget", "gpu_experts", "kv", "kv_disk", "speculate", "verify",
+)  # fmt: skip
 
 
 def attach_or_load(options: ChatOptions, on_progress: OnProgress) -> Model:

@@ -66,6 +66,7 @@ class Options:
     ctx: int | None
     threads: int | None
     ram_budget: int | None
+    kv: common.KV
     kv_disk: int
     speculate: common.Speculate
     activations: Activations
@@ -95,6 +96,7 @@ def batch(
     ctx: common.Ctx = None,
     threads: common.Threads = None,
     ram_budget: common.RamBudget = None,
+    kv: common.KvOption = common.KV.auto,
     kv_disk: Annotated[int, machine("--kv-disk", metavar="SIZE", parser=common.room, help=_KV_DISK)] = 0,
     speculate: common.SpeculateOption = common.Speculate.off,
     activations: common.ActivationsOption = Activations.int8,
@@ -118,7 +120,7 @@ def batch(
     }  # fmt: skip
     options = Options(
         input, out, model, text, system, ordered, force, dry_run, max_parallel, ray, think, given, ctx, threads,
-        ram_budget, kv_disk, speculate, activations, dtype, json_output, quiet,
+        ram_budget, kv, kv_disk, speculate, activations, dtype, json_output, quiet,
     )  # fmt: skip
     raise typer.Exit(run_batch(options))
 
@@ -191,6 +193,7 @@ def open_prompts(options: Options) -> tuple[Prompts, dict[str, Any], Path]:
             "ordered": options.ordered,
             "activations": options.activations.value,
             "dtype": options.dtype.value,
+            "kv": options.kv.value,
             **options.sampling,
         }
         return prompts, settings, checkpoint.path
@@ -248,6 +251,13 @@ def work(options: Options, lines: Lines, prompts: Prompts, directory: Path, resu
     return made
 
 
+def kept(options: Options) -> str:
+    """How a plan is to say that rows of the KV cache are kept."""
+    from hybrid.memory.kv_format import kind_of
+
+    return kind_of(options.kv.value, full=options.dtype is Dtype.float32)
+
+
 @contextmanager
 def engine(options: Options, directory: Path, jobs: list[Job]) -> Iterator[Iterator[Answer]]:
     """The answers to `jobs`, by a model on this machine or by a cluster."""
@@ -255,13 +265,14 @@ def engine(options: Options, directory: Path, jobs: list[Job]) -> Iterator[Itera
     from hybrid.batch.run import answers
     from hybrid.kimi import Kimi
 
-    size = options.max_parallel or sequences(directory, jobs)
+    size = options.max_parallel or sequences(directory, jobs, kv=kept(options))
     load: dict[str, Any] = {
         "path": str(directory.resolve()),
         "dtype": options.dtype.value,
         "activations": options.activations.value,
         "threads": options.threads,
         "ram_budget": options.ram_budget,
+        "kv": options.kv.value,
         "kv_disk": options.kv_disk,
         "speculate": options.speculate is common.Speculate.auto,
         "ctx": max(len(job.prompt) + job.longest for job in jobs),
@@ -322,8 +333,8 @@ def foretell(options: Options, lines: Lines, prompts: Prompts, directory: Path) 
 
     jobs, refused = prompts.jobs(lines.good, options.sampling, options.thinking)
     bad = len(lines.bad) + len(refused)
-    size = options.max_parallel or (sequences(directory, jobs) if jobs else 1)
-    found = estimate(directory, jobs, size)
+    size = options.max_parallel or (sequences(directory, jobs, kv=kept(options)) if jobs else 1)
+    found = estimate(directory, jobs, size, kv=kept(options))
     if options.json:
         print(json.dumps({"lines": len(lines.digests), "bad": bad, "estimate": found and found.as_dict()}))
         return 1 if bad else 0

@@ -37,6 +37,7 @@ def chat(
     activations: o.ActivationsOption = Activations.int8,
     ram_budget: o.RamBudget = None,
     gpu_experts: o.GpuExperts = None,
+    kv: o.KvOption = o.KV.auto,
     kv_disk: o.KvDisk = None,
     speculate: o.SpeculateOption = o.Speculate.off,
     verify: o.Verify = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli.options import Activations, Debug, Threads, machine
+from cli.options import KV, Activations, Debug, Threads, machine
 from cli.output import count, print_table
 from cli.streaming import (
     Text,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _A = "The model that is right: a directory, demo or pocket."
 _B = "The model that is judged."
 _ACTIVATIONS = "int8: each as it runs in chat; float32: everything in fp32, so that only weights differ."
+_KV = "How B's context is kept in memory, A's as it is computed: a model against itself shows what fp8 or int8 costs."
 _JSON = "The last line is one JSON object, with figures per layer; nothing else is printed."
 
 
@@ -36,6 +37,7 @@ def compare(
     text: Text,
     tokens: Tokens = None,
     ctx: Window = None,
+    kv: Annotated[KV, machine("--kv", env=False, help=_KV, show_default=True)] = KV.auto,
     activations: Annotated[Activations, machine("--activations", env=False, help=_ACTIVATIONS, show_default=True)] = (
         Activations.int8
     ),
@@ -49,6 +51,8 @@ def compare(
     Use text that neither was calibrated on.
 
       kimi-local compare /models/Kimi-K2.5 /models/packed --text held-out.txt --tokens 16k
+
+      kimi-local compare demo demo --kv fp8 --text held-out.txt
     """
     from hybrid.device import use_threads
     from hybrid.model.compare import compare as run
@@ -60,11 +64,13 @@ def compare(
         windows = windows_of(
             min((first, second), key=lambda each: each.config.max_position_embeddings), texts, ctx, tokens
         )
-        result = run(first, second, windows, on_cpu(activations.value, use_threads(threads)), report)
+        residence = on_cpu(activations.value, use_threads(threads))
+        result = run(first, second, windows, residence, report, kv=kv.value)
     if json_output:
         print(json.dumps(result.as_dict()))
     else:
-        print_table(f"KL(A || B), A {first.path.name}, B {second.path.name}", rows(result))
+        reduced = "" if kv is KV.auto else f" with a KV cache in {kv.value}"
+        print_table(f"KL(A || B), A {first.path.name}, B {second.path.name}{reduced}", rows(result))
 
 
 def rows(result: Comparison) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Activations, Debug, Dtype, Threads, machine, option, output, parse_tokens
+from cli.options import KV, Activations, Debug, Dtype, Threads, machine, option, output, parse_tokens
 from cli.output import count, print_table, printable
 from cli.streaming import Window, open_model, progress_line, read_texts, require_one_vocabulary, windows_of
 from hybrid.errors import UsageError
@@ -35,6 +35,7 @@ _SKILL = "Only this skill; may be given several times."
 _CASES = "Held-out cases per skill; 0 leaves skills out."
 _TEXT = "UTF-8 text to predict, other than the held-out one that comes along; may be given several times."
 _MAX = "Longest reply; by default twice the reference answer and 32."
+_KV = "How MODEL's context is kept in memory; that of --against is as it was computed."
 _DTYPE = "Of the resident weights; in float32 scores do not depend on --batch and --prefill-chunk."
 _JSON = "The last line is one JSON object; nothing else is printed."
 
@@ -54,6 +55,7 @@ class Options:
     batch: int
     prefill_chunk: int
     dtype: Dtype
+    kv: KV
     activations: Activations
     threads: int
 
@@ -62,6 +64,7 @@ class Options:
         names = ("cases", "seed", "tokens", "ctx", "max_tokens", "batch", "prefill_chunk", "threads")
         return {name: getattr(self, name) for name in names} | {
             "dtype": self.dtype.value,
+            "kv": self.kv.value,
             "activations": self.activations.value,
         }
 
@@ -100,6 +103,7 @@ def evaluate(
         machine("--prefill-chunk", metavar="N", env=False, min=1, help="Tokens of prompts a step.", show_default=True),
     ] = 256,
     dtype: Annotated[Dtype, machine("--dtype", env=False, help=_DTYPE, show_default=True)] = Dtype.float32,
+    kv: Annotated[KV, machine("--kv", env=False, help=_KV, show_default=True)] = KV.auto,
     activations: Annotated[
         Activations, machine("--activations", env=False, help="What experts compute with.", show_default=True)
     ] = Activations.int8,
@@ -127,7 +131,7 @@ def evaluate(
     from hybrid.device import use_threads
 
     options = Options(
-        model, against, chosen, cases, seed, tokens, ctx, max_tokens, batch, prefill_chunk, dtype, activations,
+        model, against, chosen, cases, seed, tokens, ctx, max_tokens, batch, prefill_chunk, dtype, kv, activations,
         use_threads(threads),
     )  # fmt: skip
     outcomes, text_score, comparison = measure(options, texts)
@@ -182,6 +186,7 @@ def _load(options: Options, report: OnProgress) -> Kimi:
     return Kimi.load(
         options.model,
         dtype=options.dtype.value,
+        kv=options.kv.value,
         activations=options.activations.value,
         threads=options.threads,
         ctx=options.ctx if options.ctx and options.ctx > CACHE else None,
@@ -201,7 +206,8 @@ def _compare(options: Options, reference: str, texts: list[str], report: OnProgr
     with open_model(reference, report) as a, open_model(options.model, report) as b:
         require_one_vocabulary(a, b)
         shorter = min((a, b), key=lambda each: each.config.max_position_embeddings)
-        return compare(a, b, windows_of(shorter, texts, options.ctx, options.tokens), placement, report)
+        windows = windows_of(shorter, texts, options.ctx, options.tokens)
+        return compare(a, b, windows, placement, report, kv=options.kv.value)
 
 
 # -- for programs -----------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ def load_kimi(options: ChatOptions, on_progress: OnProgress) -> Kimi:
         ram_budget=options.ram_budget,
         gpu_experts=options.gpu_experts,
         keep_stats=options.stats is not False,
+        kv=options.kv.value,
         kv_disk=0 if options.no_history else options.kv_disk,
         speculate=options.speculate is Speculate.auto,
         verify=options.verify,

@@ -28,6 +28,15 @@ class Speculate(StrEnum):
     auto = "auto"
 
 
+class KV(StrEnum):
+    """How rows of the KV cache are kept; auto as they are computed."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp8 = "fp8"
+    int8 = "int8"
+
+
 class Dtype(StrEnum):
     """Of the resident weights."""
 
@@ -121,6 +130,7 @@ _SYSTEM = 'System prompt; "" removes the default one.'
 _BUDGET = "End the reasoning after so many tokens: 8k, 32k, 96k, ..."
 _RAM = "For a pack's experts; those beyond it are read from the drive when needed. By default all that is free."
 _CARD = "Experts on the card; by default as many as there is room for, 0 for none."
+_KV = "The context in memory: fp8 or int8 take little more than half, and round what attention sees."
 _KV_DISK = "Disk for what was read, so that it need not be read again after a restart; 0 for none."
 _SPECULATE = "auto: compute repeated text ahead where that proves faster; in bfloat16 an answer can rarely differ."
 _STATS = "Counts and speeds below answers; --no-stats also keeps no record of the experts chosen."
@@ -167,6 +177,7 @@ Device = Annotated[str | None, machine("--device", metavar="NAME", help="cpu or 
 ActivationsOption = Annotated[Activations, machine("--activations", help=_ACTIVATIONS, show_default=True)]
 RamBudget = Annotated[int | None, machine("--ram-budget", metavar="SIZE", parser=_bytes, help=_RAM)]
 GpuExperts = Annotated[int | None, machine("--gpu-experts", metavar="N", min=0, help=_CARD)]
+KvOption = Annotated[KV, machine("--kv", help=_KV, show_default=True)]
 KvDisk = Annotated[
     int | None, machine("--kv-disk", metavar="SIZE", parser=room, help=_KV_DISK, show_default="8G, or 10% of its space")
 ]
@@ -220,6 +231,7 @@ class ChatOptions:
     activations: Activations = Activations.int8
     ram_budget: int | None = None
     gpu_experts: int | None = None
+    kv: KV = KV.auto
     kv_disk: int | None = None
     speculate: Speculate = Speculate.off
     verify: bool = False

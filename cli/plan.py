@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Debug, GpuExperts, RamBudget, parse_bytes, parse_tokens
+from cli.options import KV, Debug, GpuExperts, RamBudget, parse_bytes, parse_tokens
 from cli.plan_view import Lines, show
 from hybrid.errors import DoesNotFit, UsageError
 
@@ -34,11 +34,6 @@ class Resident(StrEnum):
     bf16 = "bf16"
     int8 = "int8"
     int4 = "int4"
-
-
-class KV(StrEnum):
-    bf16 = "bf16"
-    fp8 = "fp8"
 
 
 _MODEL = "k2.5, k2-thinking, demo, pocket, a config.json or a directory with one."
@@ -65,7 +60,7 @@ def plan(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once, each with such a context.")] = 1,
     experts: Annotated[str, typer.Option("--experts", metavar="FORMAT", help=_EXPERTS)] = "auto",
     resident: Annotated[Resident, typer.Option("--resident", help=_RESIDENT)] = Resident.auto,
-    kv: Annotated[KV, typer.Option("--kv", help="Format of the KV cache.")] = KV.bf16,
+    kv: Annotated[KV, typer.Option("--kv", help="Format of the KV cache; auto is bf16.")] = KV.auto,
     reserve: Annotated[
         str | None, typer.Option("--reserve", metavar="SIZE", help="RAM left to the system; 3 GiB and 3 % by default.")
     ] = None,
@@ -90,6 +85,7 @@ def plan(
     speeds = _speeds(machine, parse_bandwidth(ram_bw), parse_bandwidth(disk_bw), parse_bandwidth(pcie_bw), measure)
     from hybrid.memory.achieved import compare
     from hybrid.memory.known import options_for
+    from hybrid.memory.kv_format import kind_of
     from hybrid.memory.plan import make_plan
 
     recorded = _recorded(record, model) if record else {}
@@ -101,7 +97,7 @@ def plan(
         batch=batch,
         experts=experts,
         resident=resident.value,
-        kv=kv.value,
+        kv=kind_of(kv.value, full=False),
         reserve=parse_bytes(reserve) if reserve else None,
         nvme=nvme,
         ram_budget=ram_budget,

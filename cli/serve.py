@@ -47,6 +47,7 @@ def serve(
     device: o.Device = None,
     activations: o.ActivationsOption = Activations.int8,
     ram_budget: o.RamBudget = None,
+    kv: o.KvOption = o.KV.auto,
     kv_disk: o.KvDisk = None,
     speculate: o.SpeculateOption = o.Speculate.off,
     verify: o.Verify = False,
@@ -75,7 +76,7 @@ def serve(
         raise MissingExtra(f"{error.name} is not installed.", "Run: pip install 'kimi-local[serve]'.") from error
     chosen = ChatOptions(
         model=model, ctx=ctx, threads=threads, device=device, activations=activations, ram_budget=ram_budget,
-        kv_disk=kv_disk, speculate=speculate, verify=verify, quiet=quiet,
+        kv=kv, kv_disk=kv_disk, speculate=speculate, verify=verify, quiet=quiet,
     )  # fmt: skip
     with bind(host, port) as bound, open_with_status(chosen, load_kimi) as kimi:
         address = url(bound)

@@ -30,7 +30,7 @@ from hybrid.errors import KimiError, UsageError
 from hybrid.memory.achieved import recorded, run_file
 from hybrid.memory.bandwidth import ram_ceiling_gbps
 from hybrid.memory.disk_kv import open_disk_kv
-from hybrid.memory.kv_cache import KVCache
+from hybrid.memory.kv_format import AUTO, REDUCED
 from hybrid.memory.place import Placement
 from hybrid.memory.remembered import remember
 from hybrid.memory.router_stats import read_counts, save_counts, stats_file
@@ -45,6 +45,7 @@ from hybrid.stats import Stats
 DEFAULT_CTX = 32768
 PREFILL_CHUNK = 256
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+KV_CHOICES = (AUTO, "bf16", *REDUCED)
 # Thinking and instant, as Moonshot recommends for K2.5.
 RECOMMENDED = {True: {"temperature": 1.0, "top_p": 0.95}, False: {"temperature": 0.6, "top_p": 0.95}}
 REMEMBERED = 256  # last replies that the figures of a run are taken from
@@ -83,6 +84,7 @@ class Kimi:
         ram_budget: int | None = None,
         gpu_experts: int | None = None,
         keep_stats: bool = False,
+        kv: str = AUTO,
         kv_disk: int | None = 0,
         activations: str = "int8",
         verify: bool = False,
@@ -101,9 +103,11 @@ class Kimi:
         a warning if not, else the CPU; gpu_experts is the most routed experts that go to it, None what there is room
         for: copies that change with the text, or, where RAM does not hold all, experts that stay. keep_stats adds how
         experts were chosen to what is known of the model, when it is closed, and keeps the figures of this run for
-        `plan --compare`. kv_disk bytes of the user's cache keep rows of prompts and answers, so that later runs need
-        not compute them again; None is 8 GiB or a tenth of the free disk, 0 neither writes nor reads. `speculate` has
-        ids that repeat what came before computed ahead, where that proves faster.
+        `plan --compare`. kv is how the KV cache keeps rows: "auto" in dtype, "bf16", or "fp8" or "int8", which take
+        little more than half of bf16 and round what attention sees. kv_disk bytes of the user's cache keep rows of
+        prompts and answers, so that later runs need not compute them again; None is 8 GiB or a tenth of the free disk,
+        0 neither writes nor reads. `speculate` has ids that repeat what came before computed ahead, where that proves
+        faster.
 
         Raises CheckpointError for a model that is missing, damaged or unknown, and DoesNotFit, before reading weights,
         when memory will not hold it.
@@ -111,9 +115,11 @@ class Kimi:
         given = {name: value for name, value in locals().items() if name != "cls"}
         if activations not in ("int8", "float32") or dtype not in (None, *DTYPES):
             raise UsageError(f"activations {activations!r} with dtype {dtype!r} is not a choice.", "See --help.")
+        if kv not in KV_CHOICES:
+            raise UsageError(f"{kv!r} is no way to keep the KV cache.", f"There are {', '.join(KV_CHOICES)}.")
         report, began = on_progress or ignore, time.monotonic()
         residence = reside(
-            choose_device(device), DTYPES[dtype or "bfloat16"], activations == "float32", use_threads(threads)
+            choose_device(device), DTYPES[dtype or "bfloat16"], activations == "float32", use_threads(threads), kv
         )
         checkpoint = open_checkpoint(model_path(DEMO if path is None else path, report), verify=verify)
         config = checkpoint.config
@@ -131,7 +137,7 @@ class Kimi:
             residence,
             lambda done: report(Progress("load", total * done // config.num_hidden_layers, total, "B")),
         )
-        kv = KVCache(config, room, dtype=residence.dtype, device=residence.device)
+        rows = residence.make_kv(config, room)
         if tier is not None:
             tier.preload(counts, lambda done, total: report(Progress("tier", done, total, "B")))
             model.stats.tier = tier.counters
@@ -140,14 +146,14 @@ class Kimi:
             lambda done, total: report(Progress("card", done, total, "B")),
         )  # fmt: skip
         checkpoint.release()
-        disk = open_disk_kv(checkpoint, kv, kv_disk, residence.exact, residence.card is not None)
-        engine = Engine(model, kv, prefill_chunk, tokens, disk, Gauge() if speculate else None)
+        disk = open_disk_kv(checkpoint, rows, kv_disk, residence.exact, residence.card is not None)
+        engine = Engine(model, rows, prefill_chunk, tokens, disk, Gauge() if speculate else None)
         kimi = cls(checkpoint, engine, tier, known if keep_stats else None)
         failed = kimi._compile(report)
         if failed:
             log.warning("%s Everything is loaded again, for the CPU.", failed)
             kimi.close()
-            del kimi, engine, model, kv, tier, residence, disk  # what they hold is needed once more
+            del kimi, engine, model, rows, tier, residence, disk  # what they hold is needed once more
             return cls.load(**given | {"device": "cpu", "gpu_experts": None})
         kimi._load_s, kimi._placement = time.monotonic() - began, placement
         return kimi

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from hybrid.memory.kv_format import REDUCED, KVFormat
 from hybrid.model.batch import Seen
 from hybrid.model.gpu import Card
 from hybrid.model.gpu.attention import decode
@@ -134,11 +135,14 @@ def step(experts: GpuExperts, tokens: int) -> None:
 
 
 def attend(record: Any) -> None:
-    """One token after 32K others, 64 heads."""
-    cache = torch.empty(32768, 576, dtype=torch.bfloat16, device=CUDA)
+    """One token after 32K others, 64 heads, by every kind of cache."""
     queries = torch.empty(1, 64, 576, dtype=torch.bfloat16, device=CUDA)
     pages, one = torch.empty(1, 512, dtype=torch.int32, device=CUDA), torch.empty(1, dtype=torch.int32, device=CUDA)
-    decode(record, queries, cache, Seen(pages, one, one, 32768), 512, 0.1446796258)
+    for kind in ("bf16", *REDUCED):
+        format = KVFormat(kind, 512, 64)
+        dtype = torch.uint8 if format.reduced else torch.bfloat16
+        cache = torch.empty(32768, format.row_bytes // dtype.itemsize, dtype=dtype, device=CUDA)
+        decode(record, queries, cache, Seen(pages, one, one, 32768), format, 0.1446796258)
 
 
 class Figures(NamedTuple):

@@ -15,8 +15,9 @@ from hybrid.memory.rates import kernel_speeds, rates, this_machine
 MOST = 64  # sequences at once: beyond it nearly every expert is read for every token anyway
 
 
-def sequences(directory: Path, jobs: Sequence[Job]) -> int:
-    """How many of `jobs` fit at once beside the model, MOST at most; 1 if the plan has no room for more.
+def sequences(directory: Path, jobs: Sequence[Job], *, kv: str = "bf16") -> int:
+    """How many of `jobs` fit at once beside the model, MOST at most; 1 if the plan has no room for more. `kv` as
+    `Options` has it.
 
     Experts on a drive take what memory there is: there a cache for more sequences would cost what it gains.
     """
@@ -24,7 +25,7 @@ def sequences(directory: Path, jobs: Sequence[Job]) -> int:
     rooms = sorted((len(job.prompt) + job.longest for job in jobs), reverse=True)
     for count in range(min(MOST, len(jobs)), 1, -1):
         mean = -(-sum(rooms[:count]) // count)
-        placement = choose(found.config, machine, options_for(found, machine, ctx=mean, batch=count))
+        placement = choose(found.config, machine, options_for(found, machine, ctx=mean, batch=count, kv=kv))
         if placement.fits and placement.tier != NVME:
             return count
     return 1
@@ -67,14 +68,14 @@ class Estimate:
         }
 
 
-def estimate(directory: Path, jobs: Sequence[Job], batch: int) -> Estimate | None:
+def estimate(directory: Path, jobs: Sequence[Job], batch: int, *, kv: str = "bf16") -> Estimate | None:
     """The figures for `jobs`; None where the model does not fit, and so nothing can be predicted, or none is left."""
     if not jobs:
         return None
     found, machine = known(str(directory)), this_machine(with_gpu=False)
     speeds = rates(machine, measured=kernel_speeds(rates(machine).cores))
     longest = max(len(job.prompt) + job.longest for job in jobs)
-    asked = [options_for(found, machine, ctx=longest, batch=n) for n in (batch, 1)]
+    asked = [options_for(found, machine, ctx=longest, batch=n, kv=kv) for n in (batch, 1)]
     plans = [make_plan(found.config, machine, options, speeds=speeds) for options in asked]
     many, one = (made.predicted for made in plans)
     if many is None or one is None:

@@ -269,7 +269,8 @@ def default_budget(root: Path) -> int:
 def model_key(checkpoint: Checkpoint, kv: KVCache, *facts: object) -> bytes:
     """32 bytes that stand for all that the values of rows depend on but their ids."""
     digest = hashlib.sha256(fingerprint(checkpoint).encode())
-    for part in (*_weights(checkpoint), *_arithmetic(), kv.rows.dtype, kv.rows.shape[2], kv.rows.device.type, *facts):
+    layout = kv.dtype, kv.format, kv.rows.device.type
+    for part in (*_weights(checkpoint), *_arithmetic(), *layout, *facts):
         digest.update(repr(part).encode() + b"\0")
     return digest.digest()
 

@@ -1,7 +1,8 @@
 """The latent KV cache: per token and layer one row of kv_lora_rank + qk_rope_head_dim values, in pages.
 
 K2.5 keeps 576 values per token and layer (70,272 bytes per token in bf16) where keys and values spelled out per head
-would take 2.5 MB.
+would take 2.5 MB. Less if they are reduced (`kv_format`): rows are then rounded as they are written, and attention sees
+what was written, of the tokens it is computing as well. So it does not matter whether rows were computed in this step.
 """
 
 import math
@@ -12,14 +13,13 @@ import torch
 from torch import Tensor
 
 from hybrid.config import ModelConfig
+from hybrid.memory.kv_codec import decode, encode
+from hybrid.memory.kv_format import AUTO, PAGE_SIZE, KVFormat, kind_of, pages_for
 from quant.aligned import PAGE
 
-PAGE_SIZE = 64
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-
-def pages_for(tokens: int) -> int:
-    """Pages that `tokens` tokens take."""
-    return -(-tokens // PAGE_SIZE)
+__all__ = ["PAGE_SIZE", "KVCache", "pages_for"]
 
 
 class KVCache:
@@ -28,11 +28,18 @@ class KVCache:
     A page may have several holders, none of whom writes to it then; it is free when the last one has dropped it.
     """
 
-    def __init__(self, config: ModelConfig, tokens: int, *, dtype: torch.dtype, device: torch.device) -> None:
-        """Room for `tokens` tokens, rounded up to whole pages; on a CPU memory is taken as it is first written."""
+    def __init__(
+        self, config: ModelConfig, tokens: int, *, dtype: torch.dtype, device: torch.device, kind: str = AUTO
+    ) -> None:
+        """Room for `tokens` tokens, rounded up to whole pages; on a CPU memory is taken as it is first written.
+
+        `dtype` is what rows are computed in, `kind` how they are kept: a member of KINDS, or "auto" for the same.
+        """
+        self.dtype, self.format = dtype, KVFormat.of(config, kind_of(kind, full=dtype == torch.float32))
         self.num_pages = pages_for(tokens)
-        shape = (config.num_hidden_layers, self.num_pages * PAGE_SIZE, config.latent_dim)
-        self.rows = _empty(shape, dtype, device)
+        stored = STORED.get(self.format.kind, torch.uint8)
+        width = self.format.row_bytes // stored.itemsize
+        self.rows = _empty((config.num_hidden_layers, self.num_pages * PAGE_SIZE, width), stored, device)
         self.free = list(range(self.num_pages - 1, -1, -1))  # lowest page last: handed out in memory order
         self.holders = [0] * self.num_pages
 
@@ -75,15 +82,18 @@ class KVCache:
     def write(self, layer: int, page_table: tuple[int, ...], past: int, rows: Tensor) -> None:
         """Store `rows` [tokens, latent_dim] at positions past.. of a sequence."""
         run = self._run(page_table, past, past + len(rows))
+        stored = encode(rows, self.format) if self.format.reduced else rows.to(self.rows.dtype)
         if isinstance(run, slice):
-            self.rows[layer, run] = rows
+            self.rows[layer, run] = stored
         else:
-            self.rows[layer].index_copy_(0, run, rows)
+            self.rows[layer].index_copy_(0, run, stored)
 
     def read(self, layer: int, page_table: tuple[int, ...], tokens: int) -> Tensor:
-        """The first `tokens` rows of a sequence, [tokens, latent_dim]; a view where its pages lie in a row."""
+        """The first `tokens` rows of a sequence, [tokens, latent_dim]; unless reduced a view where its pages lie in a
+        row."""
         run = self._run(page_table, 0, tokens)
-        return self.rows[layer, run] if isinstance(run, slice) else self.rows[layer].index_select(0, run)
+        stored = self.rows[layer, run] if isinstance(run, slice) else self.rows[layer].index_select(0, run)
+        return decode(stored, self.format, self.dtype) if self.format.reduced else stored
 
     def _take(self, wanted: int) -> int:
         """Page `wanted` if it is free, so that sequences lie in a row, else the lowest that is."""

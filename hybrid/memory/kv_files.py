@@ -1,8 +1,8 @@
 """Cached rows as files: blocks of up to sixteen pages, found by the ids before and in them.
 
 A name is two keys: of all ids before the block, and of all up to its end. So the files are a tree, as pages in memory
-are, and prompts that begin alike share them. After a header come the pages, each with its rows [layers, PAGE_SIZE,
-latent_dim] as they lie in memory.
+are, and prompts that begin alike share them. After a header come the pages, each with its rows [layers, PAGE_SIZE, ..]
+as they lie in memory.
 
 Every page and the header have a checksum that is compared before anything is used. So nothing is flushed to the drive:
 what a power cut tears is noticed and dropped, as is whatever else does not belong here. A file gets its name when it is
@@ -134,6 +134,7 @@ class BlockFiles:
         self.root, self.directory = root, root / model.hex()[:32]
         self.model, self.page_bytes, self.budget = model, page_bytes, budget
         self._known: dict[str, Header] = {}
+        self.dropped = 0  # files that could not be used
         self._sweep()
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -170,6 +171,7 @@ class BlockFiles:
         except OSError as error:
             log.debug("%s: %s; it stays: %s", name, why, error)
         else:
+            self.dropped += 1
             log.warning("%s was removed: %s.", self.directory / name, why)
 
     # -- writing ----------------------------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from hybrid.config import ModelConfig
 from hybrid.errors import UsageError
+from hybrid.memory import kv_format
 from quant import LADDER, int4_g32, int8_g32, trellis
 from quant.aligned import PAGE
 
 MIB, GIB = 1 << 20, 1 << 30
 RESIDENT_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": int8_g32.BITS_PER_WEIGHT, "int4": int4_g32.BITS_PER_WEIGHT}
-KV_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 GROUP = 32  # weights per scale of a resident matrix; others stay bf16
 
 # The program itself, measured on Linux: the process with torch and the kernels loaded and warm, without weights.
@@ -155,8 +155,19 @@ def _coded(weights: int, choice: str) -> int:
 
 
 def kv_bytes(config: ModelConfig, ctx: int, batch: int, kv: str) -> int:
-    """Latent rows of `batch` sequences of `ctx` tokens each."""
-    return ctx * batch * config.kv_bytes_per_token(KV_BYTES[kv])
+    """Latent rows, kept as `kv`, of `batch` sequences of `ctx` tokens each."""
+    return batch * kv_format.kv_bytes(config, ctx, kv)
+
+
+def decoded_bytes(config: ModelConfig, ctx: int, kv: str, choice: str, *, on_gpu: bool) -> dict[str, int]:
+    """One sequence's rows of a layer as attention reads them, where they are kept as codes; nothing where they are not.
+
+    `choice` is that of `resident`. A card decodes by its own kernel but for chunks of prompts, and then through fp32.
+    """
+    if kv not in kv_format.REDUCED:
+        return {}
+    plain = 4 if choice == "fp32" else 2
+    return {"decoded rows": ctx * (plain * config.latent_dim + (4 + plain) * config.kv_lora_rank * on_gpu)}
 
 
 def gpu_prefill_bytes(config: ModelConfig, chunk: int, largest: int) -> dict[str, int]:

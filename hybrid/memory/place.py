@@ -27,7 +27,7 @@ class Options:
     batch: int = 1
     experts: str = "auto"
     resident: str = "auto"  # auto | bf16 | int8 | int4; auto is bf16 where the card holds it or experts are native
-    kv: str = "bf16"  # bf16 | fp8
+    kv: str = "bf16"  # fp32 | bf16 | fp8 | int8
     reserve: int | None = None  # bytes of RAM left to the system; None: see `system_bytes`
     nvme: bool = True  # whether experts may stay on a drive
     ram_budget: int | None = None  # bytes of RAM for experts; None: what is left
@@ -108,6 +108,7 @@ def place(config: ModelConfig, hardware: Hardware, options: Options, mix: Mix) -
     chunk = min(parts.CPU_CHUNK, options.ctx)
     fixed = _host_parts(config, hardware, options, choice) | parts.resident(config, choice).parts(config)
     fixed |= {"KV cache": parts.kv_bytes(config, options.ctx, options.batch, options.kv)}
+    fixed |= parts.decoded_bytes(config, options.ctx, options.kv, choice, on_gpu=False)
     fixed |= {"prefill activations": parts.cpu_prefill_bytes(config, chunk)}
     unused = Area(hardware.gpus[0].memory_total if hardware.gpus else 0, {})
     return _in_ram(config, options, Placement(
@@ -137,6 +138,7 @@ def _card_parts(config: ModelConfig, hardware: Hardware, options: Options, choic
         **resident.parts(config),
         **tied,
         "KV cache": parts.kv_bytes(config, options.ctx, options.batch, options.kv),
+        **parts.decoded_bytes(config, options.ctx, options.kv, choice, on_gpu=True),
         "workspace": parts.CUBLAS + parts.decode_bytes(config, options.batch),
     }
 

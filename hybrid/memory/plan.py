@@ -21,6 +21,7 @@ from hybrid.config import ModelConfig
 from hybrid.errors import UsageError
 from hybrid.memory import parts
 from hybrid.memory.hardware import Hardware
+from hybrid.memory.kv_format import KINDS, REDUCED
 from hybrid.memory.parts import Mix
 from hybrid.memory.place import EXCLUSIVE, MIRRORED, NVME, Area, Options, Placement, place
 from hybrid.memory.predict import Predicted, decode_speed, predict
@@ -148,7 +149,7 @@ def _check(config: ModelConfig, options: Options) -> None:
         )
     if options.batch < 1:
         raise UsageError(f"A batch of {options.batch} is none.", "Give 1 or more.")
-    if options.resident not in ("auto", *parts.RESIDENT_BITS) or options.kv not in parts.KV_BYTES:
+    if options.resident not in ("auto", *parts.RESIDENT_BITS) or options.kv not in KINDS:
         raise UsageError(f"{options.resident} residents with {options.kv} KV is no choice.", "See --help.")
 
 
@@ -215,10 +216,11 @@ def _variants(plan: MemoryPlan) -> Iterator[Options]:
         return
     auto = options.experts if options.stored is not None else "auto"
     shorter = [options.ctx >> halvings for halvings in range(1, 20) if options.ctx >> halvings >= SHORTEST_CTX]
-    yield from (replace(options, kv="fp8"), replace(options, experts=auto), replace(options, nvme=True))
+    smaller = options.kv if options.kv in REDUCED else "fp8"
+    yield from (replace(options, kv=smaller), replace(options, experts=auto), replace(options, nvme=True))
     yield from (replace(options, ctx=ctx) for ctx in shorter)
     yield from (replace(options, resident=choice) for choice in ("int8", "int4"))
-    least = replace(options, ctx=min(options.ctx, SHORTEST_CTX), batch=1, kv="fp8", experts=auto, nvme=True)
+    least = replace(options, ctx=min(options.ctx, SHORTEST_CTX), batch=1, kv=smaller, experts=auto, nvme=True)
     yield from (replace(least, ctx=options.ctx), least, replace(least, resident="int4"))
 
 
@@ -281,7 +283,8 @@ def commands(plan: MemoryPlan, model: str) -> list[str]:
     numbers = "" if placement.tier == MIRRORED else f" --ram-budget {max(1, placement.expert_bytes)}"
     if placement.exclusive or plan.options.gpu_experts is not None:
         numbers += f" --gpu-experts {placement.vram_slots}"
-    return [*lines, f"kimi-local chat {run} --ctx {plan.options.ctx}{numbers}"]
+    rows = f" --kv {plan.options.kv}" if plan.options.kv in REDUCED else ""
+    return [*lines, f"kimi-local chat {run} --ctx {plan.options.ctx}{rows}{numbers}"]
 
 
 def _formats(plan: MemoryPlan) -> str:

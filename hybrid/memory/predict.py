@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from hybrid.config import ModelConfig
 from hybrid.memory import parts
+from hybrid.memory.kv_format import REDUCED, KVFormat
 from hybrid.memory.place import EXCLUSIVE, NVME, Options, Placement
 from hybrid.memory.rates import CPU_LAYER, CPU_SHARE, GPU_LAYER, Rates
 from hybrid.memory.simulate import (
@@ -65,13 +66,15 @@ class Work(NamedTuple):
     def resident(self, part: tuple[int, int], past: float = 0.0) -> dict[str, float]:
         """A matrix (bytes, weights) applied to one step's tokens that look back at `past` positions in all."""
         config, rates, tokens = self.config, self.rates, self.options.batch
-        rows = past * config.latent_dim * parts.KV_BYTES[self.options.kv]
+        rows = past * KVFormat.of(config, self.options.kv).row_bytes
         if self.placement.on_gpu:
             return {GPU: (part[0] + rows) / (rates.vram * G)}
         scores = past * config.num_attention_heads * (config.latent_dim + config.kv_lora_rank)
         speed = rates.cores * G
         seconds = self._many(part[1] * tokens, f"resident {self.placement.resident}", tokens)
         seconds += scores / (rates.decode["scores"] * speed)
+        if self.options.kv in REDUCED:  # a CPU first writes them as bf16, then reads that
+            rows += 2 * past * KVFormat.of(config, "bf16").row_bytes
         return {CPU: seconds, RAM: (part[0] + rows) / (rates.ram * CPU_SHARE * G)}
 
     def experts(self, count: float, uses: float) -> dict[str, float]:

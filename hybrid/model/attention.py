@@ -38,7 +38,7 @@ class QueryLatent:
 
 
 class Attention:
-    """One layer's attention; reads and extends its layer of the KV cache."""
+    """One layer's attention; extends its layer of the KV cache, and sees all rows as that keeps them, new ones too."""
 
     def __init__(self, config: ModelConfig, layer: int, weights: Weights) -> None:
         prefix = f"layers.{layer}.self_attn"
@@ -107,8 +107,7 @@ class Attention:
         from hybrid.model.gpu.attention import decode  # needs Triton, as nothing without a card does
 
         assert self.card is not None
-        rank, scale = self.config.kv_lora_rank, self.config.softmax_scale
-        return decode(self.card.launch, queries, kv.rows[self.layer], seen, rank, scale)
+        return decode(self.card.launch, queries, kv.rows[self.layer], seen, kv.format, self.config.softmax_scale)
 
     def _is_few(self, queries: Tensor, keys: Tensor) -> bool:
         """Whether this is a decode step that our own kernels take; torch would first widen every key to fp32."""

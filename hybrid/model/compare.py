@@ -1,7 +1,7 @@
 """How far one model's answers are from another's: both streamed through the same windows, layer beside layer."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid.checkpoint import Checkpoint
+from hybrid.memory.kv_format import AUTO
 from hybrid.model.streamed import Observer, Stream
 from hybrid.model.transformer import Residence
 from hybrid.progress import OnProgress, Progress, ignore
@@ -59,13 +60,16 @@ def compare(
     windows: Sequence[Sequence[int]],
     residence: Residence,
     on_progress: OnProgress = ignore,
+    *,
+    kv: str = AUTO,
 ) -> Comparison:
-    """Run both over `windows` of token ids, of one length and in a vocabulary that both share.
+    """Run both over `windows` of token ids, of one length and in a vocabulary that both share; `kv` is how B's
+    rows of the KV cache are kept, and `residence` says it of A's.
 
     Raises CheckpointError for a model that gives values which are not numbers, DoesNotFit for too little memory.
     """
     assert a.config.vocab_size == b.config.vocab_size, "the caller refuses other pairs"
-    streams = (Stream(a, residence, windows), Stream(b, residence, windows))
+    streams = (Stream(a, residence, windows), Stream(b, replace(residence, kv=kv), windows))
     layers = _through_layers(streams, on_progress)
     return summary(score(*streams, on_progress), layers)
 

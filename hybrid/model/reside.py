@@ -20,6 +20,7 @@ from hybrid.memory.expert_cache import ExpertCache
 from hybrid.memory.expert_store import stored_experts
 from hybrid.memory.hardware import Hardware, probe
 from hybrid.memory.known import Known, known_pack, options_for
+from hybrid.memory.kv_format import AUTO, kind_of
 from hybrid.memory.place import NVME, Options, Placement
 from hybrid.memory.plan import choose
 from hybrid.memory.tiers import NvmeTier, OnBytes, hottest, require_room
@@ -27,12 +28,12 @@ from hybrid.model.gpu import find_card, first_line
 from hybrid.model.transformer import Residence, Transformer
 
 CPU, GIB = torch.device("cpu"), 1 << 30
-BUFFERS = ("workspace", "prefill activations", "pinned staging")  # the plan's parts that are no weights
+BUFFERS = ("workspace", "prefill activations", "pinned staging", "decoded rows")  # the plan's parts that are no weights
 
 log = logging.getLogger(__name__)
 
 
-def reside(device: torch.device, dtype: torch.dtype, exact: bool, threads: int) -> Residence:
+def reside(device: torch.device, dtype: torch.dtype, exact: bool, threads: int, kv: str = AUTO) -> Residence:
     """`device`, with our kernels if they work there; the CPU if they do not.
 
     Without Triton, in float32 and for `exact` experts a card computes by torch's own products.
@@ -43,7 +44,7 @@ def reside(device: torch.device, dtype: torch.dtype, exact: bool, threads: int) 
         log.warning(reason)
     if reason and find_spec("triton") is not None:
         device = CPU  # it computes something else, or nothing: not to be trusted with anything
-    return Residence(device, dtype, exact, threads, card)
+    return Residence(device, dtype, exact, threads, card, kv=kv)
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def settle(
         running=True,
         ctx=tokens,
         resident=_kept_as(found, residence),
-        kv="fp32" if residence.dtype == torch.float32 else "bf16",
+        kv=kind_of(residence.kv, full=residence.dtype == torch.float32),
         nvme=is_pack,
         ram_budget=ram_budget,
         gpu_experts=0 if no_slots else gpu_experts,

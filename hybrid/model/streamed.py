@@ -130,7 +130,7 @@ class Stream:
     def _attend(self, block: Block) -> None:
         count, length = self.windows.shape
         # Room for all layers, of which only this one's rows are ever written and take memory.
-        kv = KVCache(self.config, length, dtype=self.residence.dtype, device=self.residence.device)
+        kv = self.residence.make_kv(self.config, length)
         pages: list[int] = []
         kv.extend(pages, length)
         for window in range(count):

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from hybrid.checkpoint import Checkpoint
+from hybrid.config import ModelConfig
 from hybrid.memory.expert_cache import ExpertCache
 from hybrid.memory.expert_store import Stored, load_experts
 from hybrid.memory.kv_cache import KVCache
+from hybrid.memory.kv_format import AUTO
 from hybrid.memory.router_stats import RouterStats
 from hybrid.memory.tiers import NvmeTier
 from hybrid.model.attention import Attention
@@ -53,6 +55,11 @@ class Residence:
     card: Card | None = None  # `device`, if our own kernels run there
     tier: NvmeTier | None = None  # of the checkpoint's routed experts, where RAM will not hold them all
     pinned: np.ndarray | None = None  # bool [layers, experts]: those that the card is to have and RAM is not
+    kv: str = AUTO  # how rows of the KV cache are kept: a member of KINDS, or as they are computed
+
+    def make_kv(self, config: ModelConfig, tokens: int) -> KVCache:
+        """An empty cache with room for `tokens` tokens."""
+        return KVCache(config, tokens, dtype=self.dtype, device=self.device, kind=self.kv)
 
 
 def load_block(weights: Weights, residence: Residence, layer: int, stats: RouterStats) -> Block:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cli.compare import compare
-from cli.options import Activations
+from cli.options import KV, Activations
 from cli.streaming import cut
 from hybrid import Kimi
 from hybrid.checkpoint.tiny import make_tiny
@@ -104,6 +104,16 @@ def test_figures_for_people(capsys: pytest.CaptureFixture[str], tiny: Path, chan
     out = capsys.readouterr().out
     assert "KL(A || B), A tiny, B changed" in out and "experts chosen in common" in out
     assert not any(line.endswith(" ") for line in out.splitlines())
+
+
+def test_what_a_reduced_cache_costs(capsys: pytest.CaptureFixture[str], tiny: Path, text: Path) -> None:
+    found = [
+        report(capsys, tiny, tiny, text, kv=kv, activations=Activations.float32) for kv in (KV.bf16, KV.int8, KV.fp8)
+    ]
+    divergences = [each["kl_mean"] for each in found]
+    assert 0 < divergences[0] < divergences[1] < divergences[2] < 0.1
+    compare(str(tiny), str(tiny), [text], ctx=LENGTH, tokens=LENGTH, kv=KV.fp8, threads=1)
+    assert "B tiny with a KV cache in fp8" in capsys.readouterr().out
 
 
 def test_models_of_other_depth_are_compared_by_their_answers(

@@ -13,6 +13,7 @@ import pytest
 
 from cli.eval import Dtype, evaluate
 from cli.main import main
+from cli.options import KV
 from hybrid.checkpoint.tiny import make_tiny
 from hybrid.errors import CheckpointError, UsageError
 from tests.checkpoint import damage
@@ -93,6 +94,13 @@ def test_against_another_model(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert found["model"] == str(other) and 0 < found["kl_mean"] < found["kl_p99"] and found["top1"] < 1
 
 
+def test_what_a_reduced_cache_costs(capsys: pytest.CaptureFixture[str], tiny: Path, text: Path) -> None:
+    """The same model as its reference, whose rows are not rounded."""
+    found = {kv: report(capsys, tiny, text, cases=0, against=str(tiny), kv=kv) for kv in (KV.fp8, KV.int8)}
+    assert found[KV.fp8]["against"]["kl_mean"] > found[KV.int8]["against"]["kl_mean"] > 0
+    assert found[KV.fp8]["settings"]["kv"] == "fp8" and found[KV.fp8]["text"] != found[KV.int8]["text"]
+
+
 @pytest.mark.parametrize("dtype", Dtype)
 def test_text_is_the_same_however_it_is_computed(
     capsys: pytest.CaptureFixture[str], tiny: Path, text: Path, dtype: Dtype
@@ -158,7 +166,7 @@ def test_options_reach_the_command(capsys: pytest.CaptureFixture[str], tiny: Pat
     found = json.loads(capsys.readouterr().out)
     assert found["settings"] == {
         "cases": 1, "seed": 3, "tokens": 60, "ctx": 30, "max_tokens": 4, "batch": 2, "prefill_chunk": 16,
-        "threads": 1, "dtype": "bfloat16", "activations": "float32",
+        "threads": 1, "dtype": "bfloat16", "kv": "auto", "activations": "float32",
     }  # fmt: skip
 
 

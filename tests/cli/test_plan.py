@@ -63,6 +63,7 @@ def test_json_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
         ("--experts", "native"),
         ("--ram", "128GiB"),
         ("--vram", "0", "--kv", "fp8"),
+        ("--kv", "int8"),
         ("--ram", "190GiB"),
         ("--ram-budget", "100GiB", "--gpu-experts", "500"),
     ],

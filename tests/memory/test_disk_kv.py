@@ -256,7 +256,9 @@ def test_damaged_files_are_dropped_and_said(start: Callable[..., Program], caplo
         content[rng.randrange(len(content))] ^= rng.randrange(1, 256)
         path.write_bytes(content)
         caplog.clear()
-        assert once(start, ids) < len(ids)
+        seen = start()
+        assert seen.run(ids) < len(ids) and seen.files.dropped == 1
+        seen.end()
         assert "was removed" in caplog.text
         assert once(start, ids) == len(ids)  # written again
 

@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from hybrid.checkpoint import open_checkpoint
 from hybrid.memory.kv_cache import PAGE_SIZE, KVCache
+from hybrid.memory.kv_codec import decode, encode
 
 
 @pytest.fixture
@@ -40,6 +43,23 @@ def test_scattered_pages_hold_the_same_as_neighbouring_ones(cache: KVCache) -> N
         cache.write(layer, tuple(first), 0, expected[:100])
         cache.write(layer, tuple(first), 100, expected[100:])
         assert torch.equal(cache.read(layer, tuple(first), len(expected)), expected)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reduced_rows_are_rounded_once(cache: KVCache, kind: str, dtype: torch.dtype, tiny: Path) -> None:
+    """Wherever they lie, and as they come: what is read is what the bytes mean, in the type that was asked for."""
+    with open_checkpoint(tiny) as checkpoint:
+        reduced = KVCache(checkpoint.config, 6 * PAGE_SIZE, dtype=dtype, device=torch.device("cpu"), kind=kind)
+    written = rows(cache, 2 * PAGE_SIZE + 5, 2).to(dtype)
+    expected = decode(encode(written, reduced.format), reduced.format, dtype)
+    for pages in ((0, 1, 2), (5, 3, 4)):
+        for past, stop in ((0, 1), (1, 70), (70, len(written))):
+            reduced.write(1, pages, past, written[past:stop])
+        assert torch.equal(reduced.read(1, pages, len(written)), expected)
+    assert reduced.rows.dtype == torch.uint8 and reduced.rows.shape[2] == reduced.format.row_bytes
+    reduced.copy(5, 1, 10)
+    assert torch.equal(reduced.read(1, (1,), 10), expected[:10])
 
 
 def test_contiguous_reads_do_not_copy(cache: KVCache) -> None:

@@ -71,7 +71,25 @@ def test_resident_bytes_are_those_of_a_checkpoint_once_loaded(tmp_path: object, 
 
 
 def test_the_cache_takes_what_is_published() -> None:
-    assert parts.kv_bytes(K25, 1, 1, "bf16") == 70_272 and parts.kv_bytes(K25, 32768, 2, "fp8") == 2 * 32768 * 35_136
+    assert parts.kv_bytes(K25, 64, 1, "bf16") == 64 * 70_272, "and whole pages"
+    assert parts.kv_bytes(K25, 1, 1, "bf16") == parts.kv_bytes(K25, 64, 1, "bf16")
+    for kind in ("fp8", "int8"):
+        assert parts.kv_bytes(K25, 32768, 2, kind) == 2 * 32768 * 61 * 656
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_reduced_rows_are_planned_with_what_decodes_them(kind: str) -> None:
+    usual, reduced = (planned(K25, machine(256, 24), ctx=65536, kv=kv) for kv in ("bf16", kind))
+    vram = reduced.placement.vram.parts
+    assert vram["KV cache"] == 65536 * 61 * 656 and vram["decoded rows"] == 65536 * (2 * 576 + 6 * 512)
+    assert "decoded rows" not in usual.placement.vram.parts
+    assert reduced.placement.vram_slots > usual.placement.vram_slots
+    assert commands(reduced, "M")[-1].startswith(f"kimi-local chat M-pack --ctx 65536 --kv {kind}")
+    host = planned(K25, machine(256), ctx=65536, kv=kind)
+    assert host.placement.ram.parts["decoded rows"] == 65536 * 2 * 576
+    assert host.predicted is not None and reduced.predicted is not None and usual.predicted is not None
+    assert reduced.predicted.decode_tok_s.value >= usual.predicted.decode_tok_s.value
+    assert not any("--kv" in other.change for other in planned(K25, machine(16), kv=kind).nearest), "it is so already"
 
 
 @given(bits=st.floats(1.005, 3.5))

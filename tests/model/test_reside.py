@@ -12,7 +12,6 @@ from hybrid.checkpoint.tiny import make_tiny
 from hybrid.convert import Settings, quantize
 from hybrid.errors import DoesNotFit, UsageError
 from hybrid.memory.hardware import Gpu, Hardware
-from hybrid.memory.kv_cache import KVCache
 from hybrid.memory.parts import CUDA_CONTEXT, SPARE
 from hybrid.model import reside as module
 from hybrid.model.gpu import Card
@@ -95,18 +94,21 @@ def test_slots_need_a_card(tiny: Path) -> None:
         settle(checkpoint, Residence(CPU, BF16, False, 1), 256, gpu_experts=1)
 
 
+@pytest.mark.parametrize("kind", ["auto", "bf16", "fp8", "int8"])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 def test_the_plan_knows_what_weights_and_cache_take(
-    tiny: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    tiny: Path, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "probe", lambda: described(8 * GIB, 8 * GIB))
-    residence = Residence(CPU, dtype, False, 1)
+    residence = Residence(CPU, dtype, False, 1, kv=kind)
     with open_checkpoint(tiny) as checkpoint:
-        _, placement = settle(checkpoint, residence, 256)
+        _, placement = settle(checkpoint, residence, 200)
         loaded = checkpoint.load_bytes(dtype.itemsize)["resident"]
-        kv = KVCache(checkpoint.config, 256, dtype=dtype, device=CPU)
+        kv = residence.make_kv(checkpoint.config, 200)
     sizes = placement.ram.parts
     assert sizes["KV cache"] == kv.rows.nbytes
+    decoded = 200 * dtype.itemsize * checkpoint.config.latent_dim if kind in ("fp8", "int8") else 0
+    assert sizes.get("decoded rows", 0) == decoded
     weights = ("attention", "shared experts and routers", "dense layers", "head", "norms", "embedding")
     assert sum(sizes[name] for name in weights) == pytest.approx(loaded, rel=0.005)
     assert "program" not in sizes and sizes["system"] == 4 * GIB, "this process is what runs"

@@ -5,6 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from hybrid.memory.kv_codec import decode as unpack
+from hybrid.memory.kv_codec import encode
+from hybrid.memory.kv_format import KVFormat
 from hybrid.model.batch import Seen
 from hybrid.model.gpu import Card, first_line
 from hybrid.model.gpu.attention import decode
@@ -103,12 +106,18 @@ def linear_error(card: Card, name: str, rows: int, columns: int, tokens: int, se
     return distance(found.cpu().numpy(), x @ linear.decode(matrix).T)
 
 
-def attention_error(card: Card, lengths: list[int], heads: int, rank: int, rope: int, dtype: torch.dtype) -> float:
-    """Of sequences of these lengths, whose pages are scattered over the cache."""
+def attention_error(
+    card: Card, lengths: list[int], heads: int, rank: int, rope: int, dtype: torch.dtype, kind: str = "bf16"
+) -> float:
+    """Of sequences of these lengths, whose pages are scattered over a cache of this kind; values are of `dtype`."""
     generator = torch.Generator().manual_seed(0)
     pages = [-(-length // 64) for length in lengths]
     order = torch.randperm(sum(pages), generator=generator).tolist()
-    cache = torch.randn(64 * len(order), rank + rope, generator=generator).to(dtype)
+    format = KVFormat(kind, rank, rope)
+    cache = stored = torch.randn(64 * len(order), rank + rope, generator=generator).to(dtype)
+    if format.reduced:
+        stored = encode(cache, format)
+        cache = unpack(stored, format, dtype)
     queries = torch.randn(len(lengths), heads, rank + rope, generator=generator).to(dtype)
     tables = torch.zeros(len(lengths), max(pages), dtype=torch.int32)
     expected = []
@@ -118,7 +127,7 @@ def attention_error(card: Card, lengths: list[int], heads: int, rank: int, rope:
         expected.append((queries[i].double() @ keys.T * 0.1).softmax(-1) @ keys[:, :rank])
     sequences, sizes = torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
     seen = Seen(tables.to(card.device), sequences.to(card.device), sizes.to(card.device), max(lengths))
-    found = decode(card.launch, queries.to(card.device), cache.to(card.device), seen, rank, 0.1)
+    found = decode(card.launch, queries.to(card.device), stored.to(card.device), seen, format, 0.1)
     return distance(found.cpu().double().numpy(), torch.stack(expected).numpy())
 
 
@@ -129,6 +138,8 @@ CASES: dict[str, Callable[[Card], float]] = {
     "int8 matrices": lambda card: linear_error(card, "int8_g32", 160, 96, 3),
     "INT4 matrices": lambda card: linear_error(card, "int4_g32", 160, 96, 3),
     "attention": lambda card: attention_error(card, [300, 1, 64], 20, 64, 16, torch.float16),
+    "attention to fp8 rows": lambda card: attention_error(card, [70, 3], 20, 256, 16, torch.float16, "fp8"),
+    "attention to int8 rows": lambda card: attention_error(card, [70, 3], 20, 256, 16, torch.float16, "int8"),
 }
 
 

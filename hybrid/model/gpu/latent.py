@@ -7,7 +7,7 @@ logarithm of its weight, which `merge_parts` puts together. Scores, softmax and 
 import triton
 import triton.language as tl
 
-from hybrid.memory.kv_cache import PAGE_SIZE
+from hybrid.memory.kv_format import PAGE_SIZE
 
 PAGE = tl.constexpr(PAGE_SIZE)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -22,22 +22,39 @@ def _product(a, b, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _from_codes(codes, scales, DTYPE: tl.constexpr, KIND: tl.constexpr):
+    """Values [rows, rank] of codes uint8 [rows, rank] with scales fp32 [rows, tiles], as `kv_codec` defines them."""
+    if KIND == "fp8":  # as fp16 with another bias, so that cards without fp8 read it too
+        bits = codes.to(tl.uint16)
+        units = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    else:
+        units = codes.to(tl.int8, bitcast=True).to(tl.float32)
+    rows: tl.constexpr = codes.shape[0]
+    tiles: tl.constexpr = scales.shape[1]
+    values = units.reshape(rows, tiles, codes.shape[1] // tiles) * scales[:, :, None]
+    return values.reshape(rows, codes.shape[1]).to(DTYPE)
+
+
+@triton.jit
 def attend_pages(
-    queries, cache, tables, sequences, lengths, sums, weights, scale, heads, table_pitch,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, WIDE: tl.constexpr,
+    queries, latents, scales, rotated, tables, sequences, lengths, sums, weights, scale, heads, table_pitch,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, KIND: tl.constexpr,
+    TILES: tl.constexpr, ROW_BYTES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """sums fp32 [tokens, heads, parts, RANK] and weights fp32 [tokens, heads, parts]; programs (token, HEADS, part).
 
-    queries [tokens, heads, RANK + ROPE]; cache [slots, RANK + ROPE] of one layer; tables int32 [sequences, table_pitch]
-    of pages; sequences and lengths int32 [tokens]: whose pages, and how many of their rows the token sees.
+    queries [tokens, heads, RANK + ROPE]; of one layer's rows, each of ROW_BYTES, latents [slots, RANK], that is values
+    or, where KIND is fp8 or int8, codes with scales [slots, TILES], and rotated [slots, ROPE]; tables int32 [sequences,
+    table_pitch] of pages; sequences and lengths int32 [tokens]: whose pages, and how many of their rows the token sees.
     """
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    width: tl.constexpr = RANK + ROPE
-    c, pe = tl.arange(0, RANK), RANK + tl.arange(0, ROPE)
-    from_head = queries + (token * heads + head)[:, None] * width
+    c, pe = tl.arange(0, RANK), tl.arange(0, ROPE)
+    latent_pitch: tl.constexpr = ROW_BYTES * 8 // latents.dtype.element_ty.primitive_bitwidth
+    rotated_pitch: tl.constexpr = ROW_BYTES * 8 // rotated.dtype.element_ty.primitive_bitwidth
+    from_head = queries + (token * heads + head)[:, None] * (RANK + ROPE)
     query = tl.load(from_head + c[None, :], mask=(head < heads)[:, None], other=0.0)
-    query_pe = tl.load(from_head + pe[None, :], mask=(head < heads)[:, None], other=0.0)
+    query_pe = tl.load(from_head + RANK + pe[None, :], mask=(head < heads)[:, None], other=0.0)
     table = tables + tl.load(sequences + token).to(tl.int64) * table_pitch
     length = tl.load(lengths + token)
     each = tl.cdiv(tl.cdiv(length, ROWS), tl.num_programs(2)) * ROWS
@@ -48,8 +65,12 @@ def attend_pages(
         place = start + tl.arange(0, ROWS)
         slot = tl.load(table + start // PAGE).to(tl.int64) * PAGE + place % PAGE
         seen = place < length
-        key = tl.load(cache + slot[:, None] * width + c[None, :], mask=seen[:, None], other=0.0)
-        key_pe = tl.load(cache + slot[:, None] * width + pe[None, :], mask=seen[:, None], other=0.0)
+        key = tl.load(latents + slot[:, None] * latent_pitch + c[None, :], mask=seen[:, None], other=0)
+        if KIND == "fp8" or KIND == "int8":
+            tile = slot[:, None] * (ROW_BYTES // 4) + tl.arange(0, TILES)[None, :]
+            key = _from_codes(key, tl.load(scales + tile, mask=seen[:, None], other=0.0), query.dtype, KIND)
+        key_pe = tl.load(rotated + slot[:, None] * rotated_pitch + pe[None, :], mask=seen[:, None], other=0.0)
+        key_pe = key_pe.to(query.dtype)
         scores = _product(query, tl.trans(key), WIDE) + _product(query_pe, tl.trans(key_pe), WIDE)
         scores = tl.where(seen[None, :], scores * (scale * LOG2_E), float("-inf"))
         above = tl.maximum(largest, tl.max(scores, axis=1))

@@ -14,7 +14,6 @@ from hybrid.checkpoint.expected import expected_tensors
 from hybrid.config import ModelConfig
 from hybrid.memory.expert_cache import CopiesAtOnce, ExpertCache
 from hybrid.memory.expert_store import PackedExperts
-from hybrid.memory.kv_cache import KVCache
 from hybrid.model import transformer
 from hybrid.model.batch import Batch, Segment
 from hybrid.model.gpu import Card
@@ -92,11 +91,18 @@ def packed_weights(bits: int) -> type[Weights]:
 
 
 def measure(
-    config: ModelConfig, *, resident: str = "bf16", ctx: int = 32768, chunk: int = 8192, slots: int = 0
+    config: ModelConfig,
+    *,
+    resident: str = "bf16",
+    ctx: int = 32768,
+    chunk: int = 8192,
+    slots: int = 0,
+    kv: str = "bf16",
 ) -> Taken:
     """Load, prefill `chunk` tokens (0: none) from the first on, then decode the last of `ctx`.
 
-    `resident` is bf16, int8 or int4; with `slots` for experts, every layer has some on the card and some on the host.
+    `resident` is bf16, int8 or int4, `kv` how the cache is kept; with `slots` for experts, every layer has some on the
+    card and some on the host.
     """
     started: list[str] = []
     host = HostExperts(config)
@@ -112,10 +118,10 @@ def measure(
         stack.enter_context(patch.object(transformer.RouterStats, "record", lambda *args: None))
         if resident != "bf16":
             stack.enter_context(patch.object(transformer, "Weights", packed_weights(int(resident[3:]))))
-        residence = Residence(CUDA, torch.bfloat16, False, 1, card=Card(CUDA, launch))
+        residence = Residence(CUDA, torch.bfloat16, False, 1, card=Card(CUDA, launch), kv=kv)
         model = Transformer(HollowCheckpoint(config), residence)  # type: ignore[arg-type]
         weights = memory.live
-        kv = KVCache(config, ctx, dtype=torch.bfloat16, device=CUDA)
+        cache = residence.make_kv(config, ctx)
         with_kv = memory.live
         if slots:
             model.keep_hot(ExpertCache(config, slots, int(host.expert_bytes.max()), CUDA, CopiesAtOnce()))
@@ -125,7 +131,7 @@ def measure(
             memory.peak = memory.live
             started.clear()
             step = Batch(torch.zeros(tokens, dtype=torch.int64), (Segment(0, tokens, past, pages),))
-            logits = model.head(model.forward(step, kv).narrow(0, tokens - 1, 1))
+            logits = model.head(model.forward(step, cache).narrow(0, tokens - 1, 1))
             assert logits.shape == (1, config.vocab_size) and logits.device.type == "cuda"
             del logits
             peaks.append(memory.peak - settled)

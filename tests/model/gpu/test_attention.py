@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hybrid.memory.known import known
+from hybrid.memory.kv_format import REDUCED
 from hybrid.model.batch import Batch, Segment
 from hybrid.model.gpu import Card, check
 from hybrid.model.gpu.see import FEW, see
@@ -13,11 +14,12 @@ from hybrid.model.gpu.see import FEW, see
 
 @pytest.mark.parametrize(
     ("lengths", "heads", "rank", "rope"),
-    [([1], 16, 32, 16), ([64, 65, 130], 4, 16, 16), ([700, 3], 20, 64, 32)],
+    [([1], 16, 32, 16), ([64, 65, 130], 4, 16, 16), ([700, 3], 20, 64, 32), ([70], 3, 512, 64)],
 )
-def test_decode(card: Card, lengths: list[int], heads: int, rank: int, rope: int) -> None:
-    assert check.attention_error(card, lengths, heads, rank, rope, torch.float32) < check.CLOSE
-    assert check.attention_error(card, lengths, heads, rank, rope, torch.bfloat16) < 1e-2  # the result is bf16
+@pytest.mark.parametrize("kind", ["values", *REDUCED])
+def test_decode(card: Card, lengths: list[int], heads: int, rank: int, rope: int, kind: str) -> None:
+    assert check.attention_error(card, lengths, heads, rank, rope, torch.float32, kind) < check.CLOSE
+    assert check.attention_error(card, lengths, heads, rank, rope, torch.bfloat16, kind) < 1e-2  # the result is bf16
 
 
 def test_what_each_token_sees() -> None:

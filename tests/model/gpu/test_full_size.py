@@ -11,9 +11,9 @@ from tests.model.gpu.full_size import measure
 CONFIG, CHUNK = known("k2.5").config, 8192
 
 
-def planned(resident: str, ctx: int) -> tuple[int, int]:
+def planned(resident: str, ctx: int, kv: str = "bf16") -> tuple[int, int]:
     """Weights and KV cache, in bytes."""
-    return sum(parts.resident(CONFIG, resident).parts(CONFIG).values()), parts.kv_bytes(CONFIG, ctx, 1, "bf16")
+    return sum(parts.resident(CONFIG, resident).parts(CONFIG).values()), parts.kv_bytes(CONFIG, ctx, 1, kv)
 
 
 @pytest.mark.slow
@@ -31,9 +31,10 @@ def test_a_prefill_chunk_and_a_decode_step() -> None:
     assert taken.kernels["multiply_groups"] == packed  # joined q_a and kv_a, q_b, o; joined gate and up, down; the head
 
 
-def test_unquantized_residents() -> None:
-    taken = measure(CONFIG, resident="bf16", ctx=32768, chunk=0)
-    weights, kv = planned("bf16", 32768)
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "int8"])
+def test_unquantized_residents(kind: str) -> None:
+    taken = measure(CONFIG, resident="bf16", ctx=32768, chunk=0, kv=kind)
+    weights, kv = planned("bf16", 32768, kind)
     assert taken.weights == pytest.approx(weights, rel=0.001) and taken.kv == kv
     assert taken.kernels == dict.fromkeys(("attend_pages", "merge_parts"), CONFIG.num_hidden_layers)
 

@@ -35,9 +35,9 @@ def load(path: Path, card: Card | None) -> Transformer:
         return Transformer(checkpoint, Residence(device, torch.bfloat16, False, 1, card=card))
 
 
-def logits(model: Transformer, device: torch.device) -> torch.Tensor:
+def logits(model: Transformer, device: torch.device, kind: str = "bf16") -> torch.Tensor:
     """Of all steps: two sequences, prefilled and decoded together."""
-    kv = KVCache(model.config, 256, dtype=torch.bfloat16, device=device)
+    kv = KVCache(model.config, 256, dtype=torch.bfloat16, device=device, kind=kind)
     pages, found = ((2, 0), (1, 3)), []
     generator = torch.Generator().manual_seed(3)
     for step in STEPS:
@@ -80,3 +80,10 @@ def test_a_pack(pack: Path, card: Card) -> None:
 def test_a_released_model(tiny: Path, card: Card) -> None:
     model = with_experts_on(load(tiny, card), card)
     assert divergence(logits(load(tiny, None), torch.device("cpu")), logits(model, card.device)) < 1e-2
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_a_reduced_cache(tiny: Path, card: Card, kind: str) -> None:
+    """Both read the same bytes as the same values."""
+    expected = logits(load(tiny, None), torch.device("cpu"), kind)
+    assert divergence(expected, logits(load(tiny, card), card.device, kind)) < 1e-2

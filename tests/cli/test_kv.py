@@ -1,0 +1,30 @@
+"""`--kv`: as computed unless asked for, and handed to the model."""
+
+from typing import Any
+
+import pytest
+
+import hybrid
+from cli.attaching import LOADING
+from cli.opening import load_kimi
+from cli.options import KV, ChatOptions
+from hybrid.kimi import KV_CHOICES
+
+
+@pytest.mark.parametrize(("options", "kind"), [(ChatOptions(), "auto"), (ChatOptions(kv=KV.int8), "int8")])
+def test_what_the_model_is_loaded_with(monkeypatch: pytest.MonkeyPatch, options: ChatOptions, kind: str) -> None:
+    class Loaded:
+        tokenizer = object()
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(hybrid.Kimi, "load", lambda model, **settings: given.update(settings) or Loaded())
+    load_kimi(options, lambda progress: None)
+    assert given["kv"] == kind
+
+
+def test_there_is_a_choice_for_every_kind() -> None:
+    assert tuple(each.value for each in KV) == KV_CHOICES
+
+
+def test_it_is_about_a_model_that_is_loaded_here() -> None:
+    assert "kv" in LOADING
