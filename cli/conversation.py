@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cli.settings import Settings
@@ -100,13 +100,17 @@ class Conversation:
             self.session.title = ""
         return taken
 
-    def drop_answer(self) -> bool:
-        """Remove what follows the last question; False when there is no question."""
-        if not self.turns:
-            return False
-        while self.messages[-1].role != "user":
-            self.messages.pop()
-        return True
+    def drop_answer(self) -> list[Message]:
+        """Take out what follows the last question, for `put_back`; there must be one."""
+        last = max(at for at, message in enumerate(self.messages) if message.role == "user")
+        dropped = self.messages[last + 1 :]
+        del self.messages[last + 1 :]
+        return dropped
+
+    def put_back(self, answer: Sequence[Message]) -> None:
+        """The answer that was dropped stays after all."""
+        self.messages.extend(answer)
+        self.save()
 
     def unanswered(self) -> str | None:
         """Take out a last question that never got an answer (the program was killed over it)."""

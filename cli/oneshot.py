@@ -52,7 +52,10 @@ def answer_once(options: ChatOptions, text: str, open_kimi: OpenKimi) -> int:
 
 
 def ask(conversation: Conversation, text: str, view: View) -> Turn:
-    """Ask and keep the answer; a question that got none is not part of the conversation."""
+    """Ask and keep the answer, also one that was cut off; a question that got none is not part of the conversation.
+
+    Raises what cut it off.
+    """
     conversation.ask(text)
     try:
         turn = run_turn(conversation.reply(), view)
@@ -63,6 +66,8 @@ def ask(conversation: Conversation, text: str, view: View) -> Turn:
         conversation.take_back()
     else:
         conversation.keep(turn)
+    if turn.failure is not None:
+        raise turn.failure
     return turn
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console, RenderableType
@@ -25,6 +25,7 @@ from hybrid.errors import INTERRUPTED, ContextExceeded, KimiError
 
 if TYPE_CHECKING:
     from cli.model import Model
+    from hybrid.chat.message import Message
     from hybrid.chat.session import Session
 
 
@@ -111,30 +112,38 @@ class Repl:
         self.conversation.ask(text)
         self.answer()
 
-    def answer(self) -> None:
-        """Let the model answer the last question, and keep what it said."""
+    def answer(self, former: Sequence[Message] = ()) -> None:
+        """Let the model answer the last question, and keep what it said; a `former` answer stays if it says nothing."""
         with on_interrupt(lambda: None):  # Ctrl-C stops the reply, never what keeps it
-            turn = self._answered()
+            turn = self._answered(former)
         if turn is not None:
             self._after(turn)
 
-    def _answered(self) -> Turn | None:
-        """The reply, kept; None when there was nothing to keep: then the question is taken back."""
+    def _answered(self, former: Sequence[Message]) -> Turn | None:
+        """The reply, kept; None when there was nothing to keep: then the question is taken back, or has its `former`
+        answer again."""
         try:
             turn = run_turn(self.conversation.reply(), self._view(), self._keyboard)
         except ContextExceeded:
             self._refuse_length()
             return None
         except KimiError:
-            self.unsent = self.conversation.take_back()[0]
+            self._take_back(former)
             raise
         if turn.is_empty:
-            self.unsent = self.conversation.take_back()[0]
-            self.say("Stopped before the answer began; the question is not kept (/retry sends it again).")
+            self._take_back(former)
+            fate = "the former one stays" if former else "the question is not kept"
+            self.say(f"Stopped before the answer began; {fate} (/retry sends the question again).")
             return None
         self.conversation.keep(turn)
         self.turns.append(turn)
         return turn
+
+    def _take_back(self, former: Sequence[Message]) -> None:
+        if former:
+            self.conversation.put_back(former)
+        else:
+            self.unsent = self.conversation.take_back()[0]
 
     def resume(self, session: Session) -> None:
         """Go on with a saved conversation."""
@@ -188,7 +197,10 @@ class Repl:
         }
         if turn.notice:
             self.say(turn.notice, "notice")
-        if turn.finish_reason in notes:
+        if turn.failure is not None:
+            self.say(f"error: {turn.failure}", "error")
+            self.say("What was written is kept (/retry asks again).")
+        elif turn.finish_reason in notes:
             self.say(notes[turn.finish_reason])
         if self.stats:
             ceiling = memory_ceiling(self.kimi, turn.stats)

@@ -59,9 +59,10 @@ def stats_report(turns: Sequence[Turn], ceiling_gbps: float | None) -> Table:
 
 
 def _figures(stats: Stats, ceiling_gbps: float | None) -> list[str]:
+    of_disk = f" ({count(stats.disk_tokens)} from disk)" if stats.disk_tokens else ""
     lines = [
-        f"prompt {count(stats.prompt_tokens)} tokens, {count(stats.cached_tokens)} of them cached; the rest in "
-        f"{duration(stats.prefill_s)} ({rate(stats.prefill_tokens_per_s)} tok/s)",
+        f"prompt {count(stats.prompt_tokens)} tokens, {count(stats.cached_tokens)} of them cached{of_disk}; the rest "
+        f"in {duration(stats.prefill_s)} ({rate(stats.prefill_tokens_per_s)} tok/s)",
         f"thinking {count(stats.thinking_tokens)}, answer {count(stats.answer_tokens)} tokens in "
         f"{duration(stats.decode_s)} ({rate(stats.decode_tokens_per_s)} tok/s)",
         f"first token after {duration(stats.first_token_s)}",

@@ -86,8 +86,8 @@ def new(repl: Repl, argument: str) -> None:
 def retry(repl: Repl, argument: str) -> None:
     if repl.unsent is not None:
         repl.ask(repl.unsent)
-    elif repl.conversation.drop_answer():
-        repl.answer()
+    elif repl.conversation.turns:
+        repl.answer(repl.conversation.drop_answer())
     else:
         repl.say("There is no question to ask again.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cli.keys import CTRL_T, Keyboard, on_interrupt
@@ -30,6 +30,7 @@ class Turn:
     thought_s: float
     total_s: float
     notice: str = ""  # what could not be done meanwhile
+    failure: KimiError | None = None  # what cut it off, if it was not the user
 
     @property
     def is_empty(self) -> bool:
@@ -41,21 +42,29 @@ class Turn:
 def run_turn(start: Callable[[OnProgress], Reply], view: View, keyboard: Keyboard | None = None) -> Turn:
     """Iterate the reply that `start(on_progress)` opens and show it; Ctrl-C stops it, Ctrl-T ends its reasoning.
 
-    Raises what the engine raises (ContextExceeded before anything is computed).
+    An answer that fails on the way is one that was interrupted. Raises what comes before its first part
+    (ContextExceeded before anything is computed).
     """
     live = _LiveReply(view)
-    began = time.perf_counter()
+    began, failure = time.perf_counter(), None
     try:
         with on_interrupt(live.stop), ticking(view.tick):
             reply = live.open(start(view.progress))
             with keyboard.listening({CTRL_T: live.answer_now}) if keyboard else nullcontext():
-                for part in reply:
-                    live.note(part)
-                    view.part(part)
+                try:
+                    for part in reply:
+                        live.note(part)
+                        view.part(part)
+                except KimiError as error:
+                    failure = error
     finally:
         view.finish()
-    total = time.perf_counter() - began
-    return Turn(reply.message, reply.finish_reason, reply.stats, live.thought_s, total, live.notice)
+    message = replace(reply.message, interrupted=True) if failure else reply.message
+    why = "interrupted" if failure else reply.finish_reason
+    turn = Turn(message, why, reply.stats, live.thought_s, time.perf_counter() - began, live.notice, failure)
+    if failure is not None and turn.is_empty:
+        raise failure
+    return turn
 
 
 class _LiveReply:

@@ -18,6 +18,7 @@ from hybrid.progress import OnProgress, ignore
 
 CONNECT_S = 10.0
 SILENCE_S = 90.0  # the server sends a sign of life every few seconds
+FIGURES_S = 5.0  # what is only told beside an answer is not worth a longer wait
 KEY_REMEDY = "Give it with --api-key or as KIMI_LOCAL_API_KEY, or load the model here with --attach never."
 
 
@@ -61,17 +62,22 @@ class Link:
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
 
-    def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The JSON object of the answer. Raises KimiError for a refusal and for a server that is gone."""
-        with self.open(method, path, body) as exchange:
+    def ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, patience: float = SILENCE_S
+    ) -> dict[str, Any]:
+        """The JSON object of the answer. Raises KimiError for a refusal, for a server that is gone, and for one that
+        is silent for `patience` seconds."""
+        with self.open(method, path, body, patience) as exchange:
             return exchange.json()
 
-    def open(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> "Exchange":
+    def open(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, patience: float = SILENCE_S
+    ) -> "Exchange":
         """An answer whose body is to be read. Raises as `ask`."""
-        connection = self._kind(self._host, self._port, timeout=CONNECT_S)
+        connection = self._kind(self._host, self._port, timeout=min(CONNECT_S, patience))
         try:
             connection.connect()
-            connection.sock.settimeout(SILENCE_S)
+            connection.sock.settimeout(patience)
             exchange = Exchange(connection, self.gone)
             exchange.send(method, path, None if body is None else json.dumps(body), self._headers)
         except (OSError, http.client.HTTPException) as error:
@@ -234,7 +240,8 @@ class Attached:
             "store": keep,
         }
         exchange = self._link.open("POST", "/v1/chat/completions", body)
-        return AttachedReply(exchange, self._hurry, (params.max_tokens, self.ctx), on_progress or ignore)
+        limits = params.max_tokens, self.ctx
+        return AttachedReply(exchange, self._hurry, self._figures, limits, on_progress or ignore)
 
     def expert_report(self) -> dict[str, Any]:
         """`layers` and `counts` as of `Kimi.expert_report`, since the server has begun."""
@@ -242,8 +249,12 @@ class Attached:
         return {name: report[name] for name in ("layers", "counts", "tier", "cache")}
 
     def ram_ceiling_gbps(self) -> float | None:
-        """None: what the server's memory can do is not told."""
-        return None
+        """Read bandwidth of the server's memory in GB/s; None if it was never measured there."""
+        try:
+            server = self._link.ask("GET", "/v1/kimi/server", patience=FIGURES_S)
+        except KimiError:
+            return None
+        return server.get("machine", {}).get("ram_ceiling_gbps")
 
     def close(self) -> None:
         """There is nothing to let go of."""
@@ -255,6 +266,13 @@ class Attached:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _figures(self, name: str) -> dict[str, Any]:
+        """What the server measured of the answer `name`; nothing if it does not tell."""
+        try:
+            return self._link.ask("GET", f"/v1/kimi/answers/{name}", patience=FIGURES_S)
+        except KimiError:
+            return {}
 
     def _hurry(self, name: str) -> None:
         """End the reasoning of the answer `name`; one that has ended needs none of it."""

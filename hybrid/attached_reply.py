@@ -30,12 +30,18 @@ class AttachedReply:
     """Iterate for Think, Text and ToolCall parts. `stop` and `answer_now` may be called from anywhere, any time."""
 
     def __init__(
-        self, source: Source, hurry: Callable[[str], None], limits: tuple[int, int], on_progress: OnProgress
+        self,
+        source: Source,
+        hurry: Callable[[str], None],
+        figures: Callable[[str], dict[str, Any]],
+        limits: tuple[int, int],
+        on_progress: OnProgress,
     ) -> None:
-        """`hurry` ends the reasoning of the answer with the given id; `limits` in tokens, of the answer and of all."""
+        """`hurry` ends the reasoning of the answer with the given id, `figures` tells what the server measured of it,
+        by the names of `Stats`; `limits` in tokens, of the answer and of all."""
         self._source = source
         self._events = _events(source)
-        self._hurry = hurry
+        self._hurry, self._figures = hurry, figures
         self._max_tokens, self._ctx = limits
         self._report = on_progress
         self._id = ""
@@ -87,7 +93,9 @@ class AttachedReply:
             self._end("interrupted")
             raise self._source.gone()
         if event is None:
+            self._release_calls()
             self._end(self._reason())
+            self._learn()
             return
         self._take(event)
 
@@ -95,6 +103,13 @@ class AttachedReply:
         self._over = True
         self.finish_reason = reason
         self._source.close()
+
+    def _learn(self) -> None:
+        """Take over what only the server could measure, or did better; the first token counts when it is here."""
+        told = self._figures(self._id) if self._id else {}
+        if told.get("first_token_s"):
+            names = vars(self.stats).keys() & told.keys() - {"first_token_s"}
+            vars(self.stats).update({name: told[name] for name in names})
 
     def _reason(self) -> str:
         """The server's reason in ours: it calls too long whatever was cut off, also by its own end."""

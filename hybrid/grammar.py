@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybrid.chat.forms import BadForm
+from hybrid.chat.forms import BadField
 from hybrid.chat.parser import SECTION_BEGIN, THINK_END
 from hybrid.chat.tokenizer import NUM_SPECIALS, SPLIT_PATTERN, Tokenizer
 from hybrid.errors import KimiError, MissingExtra
@@ -34,7 +34,7 @@ class Grammars:
         return _Held(self.matcher(grammar), self._tokenizer, self._size, self._stop_ids, thinking)
 
     def matcher(self, grammar: str) -> "LLMatcher":
-        """Raises BadForm for a schema that cannot be kept to, MissingExtra where llguidance is not installed."""
+        """Raises BadField for a schema that cannot be kept to, MissingExtra where llguidance is not installed."""
         try:
             from llguidance import LLMatcher
         except ModuleNotFoundError as error:
@@ -43,7 +43,7 @@ class Grammars:
         matcher = LLMatcher(self._vocabulary(), grammar, log_level=0)
         if matcher.is_error():
             why = matcher.get_error().splitlines()[0]
-            raise BadForm(f"The schema cannot be kept to: {why}.", code="unsupported_schema")
+            raise BadField(f"The schema cannot be kept to: {why}.", code="unsupported_schema")
         return matcher
 
     def _vocabulary(self) -> "LLTokenizer":

@@ -7,7 +7,7 @@ from dataclasses import replace
 from weakref import WeakMethod
 
 from hybrid.chat.message import Message, Part, Text, ToolCall
-from hybrid.chat.parser import ReplyParser
+from hybrid.chat.parser import THINK_END, ReplyParser
 from hybrid.chat.plain import PlainParser
 from hybrid.chat.stops import Stops
 from hybrid.chat.tokenizer import Tokenizer
@@ -15,8 +15,6 @@ from hybrid.engine.engine import Engine
 from hybrid.engine.request import Request, TokenLogprobs
 from hybrid.engine.service import Service
 from hybrid.stats import Stats
-
-THINK_END = "</think>"
 
 
 class Reply:

@@ -7,11 +7,13 @@ from typing import Any
 
 from hybrid.batch.body import Asked, Refused
 from hybrid.batch.lines import Line
+from hybrid.chat.forms import BadField
 from hybrid.chat.template import ChatTemplate
 from hybrid.chat.tokenizer import Tokenizer
+from hybrid.chat.wishes import require_tokens
 from hybrid.checkpoint import Checkpoint
 from hybrid.engine.request import TokenLogprobs
-from hybrid.errors import KimiError, MissingExtra
+from hybrid.errors import KimiError
 from hybrid.grammar import Grammars
 from hybrid.memory.prefix_cache import common_prefix
 
@@ -89,18 +91,12 @@ class Prompts:
         return jobs, refused
 
     def _require_possible(self, asked: Asked) -> None:
-        wrong = [token for token, _ in asked.sampling.get("logit_bias", ()) if token >= self._ids]
-        if wrong:
-            message = f"logit_bias names {wrong[0]}, and there are {self._ids:,} tokens."
-            raise Refused(message, param="logit_bias")
-        if asked.grammar is None:
-            return
         try:
-            self._grammars.matcher(asked.grammar)
-        except MissingExtra:
-            raise
-        except KimiError as error:
-            raise Refused(str(error), "unsupported_schema", "response_format") from error
+            require_tokens(asked.sampling, self._ids)
+            if asked.grammar is not None:
+                self._grammars.matcher(asked.grammar)
+        except BadField as error:
+            raise Refused(str(error), error.code or "invalid_request", error.param or "response_format") from error
 
     def _prompt(self, asked: Asked, thinking: bool) -> list[int]:
         if isinstance(asked.prompt, str):

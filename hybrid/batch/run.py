@@ -10,6 +10,7 @@ from torch import Tensor
 from hybrid.batch.jobs import Answer, Job, Prompts
 from hybrid.batch.records import answer_record, reading
 from hybrid.batch.state import Output
+from hybrid.chat.parser import THINK_END
 from hybrid.chat.reading import Reading
 from hybrid.engine.request import Request, no_notice
 from hybrid.engine.sampler import SamplingParams
@@ -43,8 +44,10 @@ def answers(kimi: Kimi, jobs: Sequence[Job], batch: int) -> Iterator[Answer]:
         job = jobs[index]
         if job.asked.grammar is not None:
             request.mask = _Later(grammars, job.asked.grammar, job.thinking)
-        if request.params.stop:
-            request.on_token = _ends_at(request, reading(job, kimi.tokenizer))
+        request.keep = job.asked.keep
+        if request.params.stop or job.asked.think_budget:
+            enough = kimi.tokenizer.specials.get(THINK_END)
+            request.on_token = _watched(request, reading(job, kimi.tokenizer), job.asked.think_budget, enough)
 
     for index, ids, request in kimi.finish_many(prompts, params, batch=batch, prepare=prepare):
         request.mask, request.on_token = None, no_notice  # what they hold is not needed until the last answer ends
@@ -63,8 +66,8 @@ class _Later:
         return self._mask(ids)
 
 
-def _ends_at(request: Request, reading: Reading) -> Callable[[int], None]:
-    """What ends `request` at the first of its stop strings."""
+def _watched(request: Request, reading: Reading, budget: int | None, enough: int | None) -> Callable[[int], None]:
+    """What ends `request` at the first of its stop strings, and its reasoning by `enough` after `budget` tokens."""
 
     def note(token: int) -> None:
         if token in request.params.stop_ids:
@@ -72,6 +75,8 @@ def _ends_at(request: Request, reading: Reading) -> Callable[[int], None]:
         reading.feed(token)
         if reading.stopped:
             request.finish_reason = "stop"
+        elif budget and enough is not None and reading.thinking and reading.thoughts >= budget and not request.forced:
+            request.forced.append(enough)
 
     return note
 

@@ -12,8 +12,8 @@ BLANKS = r"\n? {0,40}"
 UNSUPPORTED = "unsupported_parameter"
 
 
-class BadForm(UsageError):
-    """A form that cannot be asked for: `param` is the field of the request, `code` a word for programs."""
+class BadField(UsageError):
+    """What a request asks for and cannot have: `param` is the field at fault, `code` a word for programs."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -22,7 +22,7 @@ class BadForm(UsageError):
 
 
 def answer_grammar(response_format: Mapping[str, Any] | None) -> str | None:
-    """The rule of an answer in that format, in Lark; None where any text will do. Raises BadForm."""
+    """The rule of an answer in that format, in Lark; None where any text will do. Raises BadField."""
     match (response_format or {}).get("type", "text"):
         case "text":
             return None
@@ -32,20 +32,20 @@ def answer_grammar(response_format: Mapping[str, Any] | None) -> str | None:
             given = (response_format or {}).get("json_schema", response_format)
             schema = given.get("schema") if isinstance(given, Mapping) else None
             if not isinstance(schema, dict):
-                raise BadForm("json_schema has no `schema` object.", "response_format")
+                raise BadField("json_schema has no `schema` object.", "response_format")
             return _json(schema)
         case kind:
             known = "text, json_object and json_schema"
-            raise BadForm(f"Answers of type {kind!r} are not here: {known} are.", "response_format", UNSUPPORTED)
+            raise BadField(f"Answers of type {kind!r} are not here: {known} are.", "response_format", UNSUPPORTED)
 
 
 def calls_grammar(tools: Sequence[Mapping[str, Any]], name: str | None) -> str:
-    """The rule of an answer that calls these tools; of one call of the tool `name` if that is given. Raises BadForm."""
+    """The rule of an answer that calls these tools; of one of the tool `name` if that is given. Raises BadField."""
     functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), Mapping)]
     chosen = [function for function in functions if name is None or function.get("name") == name]
     if not chosen:
         what = "There are no tools to call." if name is None else f"There is no tool {name!r}."
-        raise BadForm(what, "tool_choice")
+        raise BadField(what, "tool_choice")
     calls = " | ".join(f"( {_call(function)} )" for function in chosen)
     return f"{SECTION_BEGIN[0]} ( {calls} ){'+' if name is None else ''} {SECTION_END[0]}"
 
@@ -73,7 +73,7 @@ def held_to(
 ) -> tuple[list[dict[str, Any]] | None, str | None]:
     """The tools to declare, and the grammar of what is to come, where `answer` is the rule of an answer in text.
 
-    Tools that must not be called are not declared: the model is not to know of them then. Raises BadForm.
+    Tools that must not be called are not declared: the model is not to know of them then. Raises BadField.
     """
     tools = list(tools or ()) or None
     if choice == "none" or (tools is None and choice in (None, "auto")):
@@ -86,5 +86,5 @@ def held_to(
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
         what = "tool_choice may be auto, none, required or one function by its name."
-        raise BadForm(what, "tool_choice", UNSUPPORTED)
+        raise BadField(what, "tool_choice", UNSUPPORTED)
     return tools, either(calls_grammar(tools or (), name))

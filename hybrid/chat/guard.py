@@ -8,7 +8,8 @@ After the rendering is split at the special tokens, `revealed` brings the letter
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from hybrid.chat.tools import MAX_DEPTH
 from hybrid.errors import KimiError
@@ -21,19 +22,33 @@ STRUCTURE = {
 PRIVATE = range(0xF0000, 0xFFFFE)  # Unicode's plane 15
 
 
+class _Names(NamedTuple):
+    """What of the names of special tokens every disguise needs."""
+
+    folded: list[str]  # whatever their case
+    longest: int
+    letters: list[str]  # all of them, in either case, in order
+    ends: set[str]
+
+
+@lru_cache(maxsize=4)  # a tokenizer's names are those of every conversation
+def _known(names: tuple[str, ...]) -> _Names:
+    folded = [name.casefold() for name in names]
+    letters = {letter for name in names for letter in name + name.lower() + name.upper()}
+    ends = {letter for name in names for letter in (name[0], name[-1])}
+    return _Names(folded, max(map(len, folded), default=0), sorted(letters), ends)
+
+
 class Guard:
     """Disguises for the texts in `foreign`, given the `names` that a template may write."""
 
     def __init__(self, names: Sequence[str], foreign: Any) -> None:
-        self._names = [name.casefold() for name in names]
-        self._longest = max(map(len, self._names), default=0)
-        ends = {letter for name in names for letter in (name[0], name[-1])}
-        letters = {letter for name in names for letter in name + name.lower() + name.upper()}
+        self._names = _known(tuple(names))
         used = _letters(foreign)
         unused = (letter for letter in map(chr, PRIVATE) if letter not in used)
-        disguises = dict(zip(sorted(letters), unused, strict=False))
+        disguises = dict(zip(self._names.letters, unused, strict=False))
         self._all = {ord(letter): disguise for letter, disguise in disguises.items()}
-        self._ends = {ord(letter): disguises[letter] for letter in ends}
+        self._ends = {ord(letter): disguises[letter] for letter in self._names.ends}
         self.revealed = {ord(disguise): letter for letter, disguise in disguises.items()}
 
     def disguise(self, value: Any, key: str = "") -> Any:
@@ -50,7 +65,7 @@ class Guard:
         if text in STRUCTURE.get(key, ()):
             return text
         core = text.strip().casefold()
-        in_a_name = 0 < len(core) < self._longest and any(core in name for name in self._names)
+        in_a_name = 0 < len(core) < self._names.longest and any(core in name for name in self._names.folded)
         return text.translate(self._all if in_a_name else self._ends)
 
 

@@ -22,6 +22,11 @@ class Reading:
         """Whether a stop string is complete: nothing that follows belongs to the answer."""
         return self._stops.found is not None
 
+    @property
+    def thinking(self) -> bool:
+        """Whether the next id belongs to the reasoning."""
+        return self._parser.thinking
+
     def read(self, ids: Iterable[int], ends: Container[int]) -> Message:
         """The reply that `ids` are, all at once, without the `ends` of a turn among them."""
         for token in ids:

@@ -5,7 +5,9 @@ added to, so that what is missed in one look is in the next.
 """
 
 import platform
+from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,10 @@ import torch
 
 from hybrid.engine.engine import Engine
 from hybrid.memory import in_use
+from hybrid.memory.bandwidth import remembered_ceiling
 from hybrid.memory.hardware import Hardware, available_ram, probe
 from hybrid.memory.kv_cache import PAGE_SIZE
+from hybrid.memory.kv_files import bytes_in
 from hybrid.memory.place import Placement
 from hybrid.memory.tiers import NvmeTier
 
@@ -53,6 +57,25 @@ class Insight:
         """Pages of the KV cache, how many of them are free, and the tokens of one."""
         kv = self._engine.kv
         return {"pages": kv.num_pages, "free": len(kv.free), "page_tokens": PAGE_SIZE}
+
+    def disk(self) -> dict[str, Any] | None:
+        """Rows of prompts kept on disk: `directory` of this model's `blocks`, with their `bytes`; bytes `used` of the
+        `budget` that all models share; files `dropped` as damaged since loading.
+
+        None where nothing is kept. Looks at every file: milliseconds.
+        """
+        if self._engine.disk is None:
+            return None
+        files = self._engine.disk.files
+        sizes = _sizes(files.directory)
+        return {
+            "directory": str(files.directory),
+            "blocks": len(sizes),
+            "bytes": sum(sizes),
+            "used": bytes_in(files.root),
+            "budget": files.budget,
+            "dropped": files.dropped,
+        }
 
     def memory(self) -> dict[str, Any]:
         """Bytes of `ram`, `vram` and `nvme`, planned and real; see `hybrid.memory.in_use`. None where not in use."""
@@ -110,8 +133,18 @@ class Insight:
             "threads": torch.get_num_threads(),
             "kernels": hardware.kernels,
             "ram": hardware.ram_total,
+            "ram_ceiling_gbps": remembered_ceiling(torch.get_num_threads()),
             "gpus": [gpu.name for gpu in hardware.gpus],
             "device": str(self._engine.kv.rows.device),
             "python": hardware.python,
             "versions": dict(hardware.versions),
         }
+
+
+def _sizes(directory: Path) -> list[int]:
+    """Bytes of each block in `directory`, but for those that go away meanwhile."""
+    sizes = []
+    for path in directory.glob("*.kv"):
+        with suppress(OSError):
+            sizes.append(path.stat().st_size)
+    return sizes

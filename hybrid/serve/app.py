@@ -14,6 +14,7 @@ from fastapi.responses import PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from hybrid.chat.wishes import explained
 from hybrid.engine.request import Closed
 from hybrid.errors import KimiError
 from hybrid.grammar import Grammars
@@ -81,7 +82,8 @@ class Routes:
 
     async def metrics(self) -> Response:
         """What was counted so far, in Prometheus' text format."""
-        return Response(self.desk.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        counted = await asyncio.to_thread(self.desk.metrics)
+        return Response(counted, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self) -> Response:
         """The one model there is."""
@@ -117,7 +119,7 @@ class Routes:
         turn = chat.to_turn(self.kimi, body)
         job, reply = await self._begin(chat.start_turn(self.kimi, self.grammars, turn, call_pieces=bool(body.stream)))
         form = chat.ChatForm(self.kimi, body, turn, reply)
-        job.name = form.id
+        self.desk.call(job, form.id)
         if body.stream:
             return EventStream(job, form.stream(job, self.settings.keep_alive_s))
         return await self._whole(request, [job], form.whole(job))
@@ -229,10 +231,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     """The first field that is wrong, by its path."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    where = [str(step) for step in first["loc"] if step != "body"]
-    param = ".".join(where) or None
-    message = f"{param}: {first['msg']}." if param else f"The body is no JSON object: {first['msg']}."
+    message, param = explained(error.errors(), above=("body",))
     return refuse(request.url.path, Refusal(400, message, param=param, code="invalid_value"))
 
 

@@ -7,33 +7,19 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from hybrid.chat.forms import answer_grammar, held_to
 from hybrid.chat.message import CallPiece, Message, Part, Text, Think, ToolCall
-from hybrid.chat.switch import wanted_thinking
+from hybrid.chat.wishes import ChatWishes
 from hybrid.errors import KimiError
 from hybrid.grammar import Grammars
 from hybrid.kimi import Kimi
 from hybrid.likelihood import chat_logprobs
 from hybrid.progress import OnProgress
 from hybrid.reply import Reply
-from hybrid.serve.asked import (
-    MAX_LOGPROBS,
-    Penalised,
-    Positive,
-    ThinkingSwitch,
-    Turn,
-    effective_thinking,
-    params,
-    refuse_several,
-    stops,
-    to_messages,
-)
+from hybrid.serve.asked import Asked, Turn, effective_thinking, params, to_messages
 from hybrid.serve.figures import finish_reason, timings, usage
 from hybrid.serve.job import Event, Job, Prefill
 from hybrid.serve.openai_shapes import Answer, ChatCompletion
-from hybrid.serve.refusal import envelope, failure, to_json, unsupported
-
-SWITCHES = {"thinking", "chat_template_kwargs", "enable_thinking", "reasoning_effort"}
+from hybrid.serve.refusal import envelope, failure, to_json
 
 
 class ChatMessage(BaseModel):
@@ -56,49 +42,19 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ChatRequest(Penalised):
-    """Whether to reason can be said as `thinking`, `chat_template_kwargs`, `enable_thinking` or `reasoning_effort`."""
-
+class ChatRequest(ChatWishes, Asked):
     messages: list[ChatMessage]
-    max_tokens: Positive | None = None
-    max_completion_tokens: Positive | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
     stream_options: StreamOptions | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    thinking: ThinkingSwitch | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    enable_thinking: bool | None = None
-    reasoning_effort: str | None = None
-    thinking_budget: Positive | None = Field(None, description="End the reasoning after so many tokens.")
     return_progress: bool = Field(False, description="While streaming, tell how much of the prompt is read.")
-    store: bool | None = Field(None, description="`false`: nothing of this stays on the server's disk.")
-    functions: Any = None
-    modalities: list[str] | None = None
 
 
 def to_turn(kimi: Kimi, body: ChatRequest) -> Turn:
-    """Raises Refusal for what is not there, each by its name."""
-    refuse_several(body.n)
-    if body.functions:
-        raise unsupported("functions", "`functions` is an old spelling. Send `tools`.")
-    if body.modalities and body.modalities != ["text"]:
-        raise unsupported("modalities", "Answers are text.")
-    thinking = effective_thinking(kimi, wanted_thinking(body.model_dump(include=SWITCHES)))
-    budget = body.thinking.budget_tokens if body.thinking else None
-    sampling = params(
-        kimi,
-        body,
-        thinking,
-        max_tokens=body.max_completion_tokens or body.max_tokens,
-        stop=stops(body.stop),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
+    """Raises Refusal and BadField for what is not there, each by its name."""
+    thinking = effective_thinking(kimi, body.reasoning())
     messages = to_messages([message.model_dump() for message in body.messages])
-    tools, grammar = held_to(body.tools, body.tool_choice, answer_grammar(body.response_format))
-    return Turn(messages, sampling, tools, thinking, body.thinking_budget or budget, grammar, body.store is not False)
+    tools, grammar = body.form()
+    sampling = params(kimi, body, thinking)
+    return Turn(messages, sampling, tools, thinking, body.budget(), grammar, body.store is not False)
 
 
 def start_turn(kimi: Kimi, grammars: Grammars, turn: Turn, *, call_pieces: bool) -> Callable[..., Reply]:

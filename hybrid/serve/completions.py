@@ -4,17 +4,16 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from hybrid.chat.message import Text
+from hybrid.chat.wishes import Positive, TextWishes
 from hybrid.engine.request import TokenLogprobs, token_logprobs
 from hybrid.errors import KimiError
 from hybrid.kimi import Kimi
 from hybrid.likelihood import text_logprobs
 from hybrid.reply import Reply
-from hybrid.serve.asked import MAX_LOGPROBS, Penalised, params, refuse_several, stops
+from hybrid.serve.asked import Asked, params
 from hybrid.serve.chat import StreamOptions
 from hybrid.serve.figures import finish_reason, timings, usage
 from hybrid.serve.job import Job
@@ -27,25 +26,17 @@ ECHOED_TOKENS = 4096  # each has a score for every id of the vocabulary: 0.6 MB 
 Prompt = str | list[str] | list[TokenId] | list[list[TokenId]]
 
 
-class CompletionRequest(Penalised):
+class CompletionRequest(TextWishes, Asked):
     """`prompt`: text, in which names of control tokens are ordinary text, or ids, or a list of either."""
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=1)] | None = DEFAULT_TOKENS
+    max_tokens: Positive | None = DEFAULT_TOKENS
     echo: bool | None = False
-    suffix: str | None = None
-    best_of: int | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     stream_options: StreamOptions | None = None
 
 
 def prompts(kimi: Kimi, body: CompletionRequest) -> list[list[int]]:
     """The ids of each prompt. Raises Refusal for what is not there, each by its name."""
-    refuse_several(body.n)
-    if body.suffix:
-        raise unsupported("suffix", "This model was not trained to fill in.")
-    if body.best_of not in (None, 1):
-        raise unsupported("best_of", "One answer per prompt is made here.")
     if body.stream and body.logprobs is not None:
         raise unsupported("logprobs", "Likelihoods are told in whole answers only.")
     found = [_ids(kimi, prompt) for prompt in _several(body.prompt)]
@@ -74,7 +65,7 @@ def _ids(kimi: Kimi, prompt: str | list[int]) -> list[int]:
 
 def start_completion(kimi: Kimi, body: CompletionRequest, prompt: list[int]) -> Callable[..., Reply]:
     """What a Job starts."""
-    sampling = params(kimi, body, False, max_tokens=body.max_tokens, stop=stops(body.stop), logprobs=body.logprobs)
+    sampling = params(kimi, body, False)
     return lambda on_progress: kimi.complete(prompt, sampling, on_progress=on_progress)
 
 

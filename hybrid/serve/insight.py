@@ -38,6 +38,7 @@ class Inside:
         self._add("/memory", self.memory, "GET")
         self._add("/experts", self.experts, "GET")
         self._add("/events", self.events, "GET")
+        self._add("/answers/{name}", self.answer, "GET")
         self._add("/answer-now", self.answer_now, "POST")
 
     def _add(self, path: str, endpoint: Callable[..., Any], method: str) -> None:
@@ -60,13 +61,17 @@ class Inside:
         )
 
     async def memory(self) -> Response:
-        """Bytes by kind, planned and real, of `ram`, `vram` and `nvme`; and pages of the KV cache, with their use."""
+        """Bytes by kind, planned and real, of `ram`, `vram` and `nvme`; pages of the KV cache, `prefix`, with their
+        use; and what of it `disk` has, null where nothing is kept there."""
         areas = await asyncio.to_thread(self.kimi.insight.memory)
+        disk = await asyncio.to_thread(self.kimi.insight.disk)
+        restored = {"restored_tokens": int(self.desk.total("prompt_disk_tokens_total"))}
         prompts = {
             "prompt_tokens": int(self.desk.total("prompt_tokens_total")),
             "reused_tokens": int(self.desk.total("prompt_cached_tokens_total")),
         }
-        return json_response({**areas, "prefix": self.kimi.insight.pages() | prompts})
+        pages = self.kimi.insight.pages() | prompts
+        return json_response({**areas, "prefix": pages, "disk": None if disk is None else disk | restored})
 
     async def experts(self, counts: bool = False) -> Response:
         """How much each routed expert was used since loading, and where it is: `heat` and `places` are base64 of one
@@ -100,11 +105,19 @@ class Inside:
         each was chosen. Starts with what is chosen after the first event, which has none."""
         return EventStream(None, self._choices())
 
+    async def answer(self, name: str) -> Response:
+        """What was measured of a chat completion so far, by its id: counts, seconds and bytes, as `hybrid.stats.Stats`
+        names them. Some of the last ones that ended are known too."""
+        stats = self.desk.figures(name)
+        if stats is None:
+            raise _unknown(name)
+        return json_response({"id": name, **vars(stats)})
+
     async def answer_now(self, body: Hurry) -> Response:
         """End the reasoning of an answer that is being made; `thinking` tells whether there was any to end."""
         job = self.desk.find(body.id)
         if job is None or job.reply is None:
-            raise Refusal(404, f"No answer {body.id!r} is being made.", param="id", code="not_found")
+            raise _unknown(body.id)
         thinking = job.reply.thinking
         job.reply.answer_now()
         return json_response({"id": body.id, "thinking": thinking})
@@ -124,6 +137,10 @@ class Inside:
             elif time.monotonic() - told > self.keep_alive_s:
                 yield ": keep-alive\n\n"
                 told = time.monotonic()
+
+
+def _unknown(name: str) -> Refusal:
+    return Refusal(404, f"No answer {name!r} is being made.", param="id", code="not_found")
 
 
 def heat(counts: np.ndarray) -> np.ndarray:

@@ -43,6 +43,8 @@ class Job:
         self._stopped = False
         self._begun = time.perf_counter()
         self._cached = 0
+        self._lock = threading.Lock()
+        self._early: list[Prefill] | None = []  # what is done of the prompt before anybody knows of the reply
         self.running = False
         self.name = ""  # what its client knows it by
         self._thread = threading.Thread(target=self._run, name="reply", daemon=True)
@@ -93,7 +95,10 @@ class Job:
         last: Exception | None = None
         try:
             self._reply = self._start(self._note)
-            self._tell(self._reply)
+            with self._lock:
+                for item in (self._reply, *(self._early or ())):
+                    self._tell(item)
+                self._early = None
             if self._stopped:
                 self._reply.stop()
             for part in self._reply:
@@ -108,7 +113,12 @@ class Job:
     def _note(self, progress: Progress) -> None:
         if not self.running:
             self.running, self._begun, self._cached = True, time.perf_counter(), progress.done
-        self._tell(Prefill(progress.done, progress.total, self._cached, time.perf_counter() - self._begun))
+        done = Prefill(progress.done, progress.total, self._cached, time.perf_counter() - self._begun)
+        with self._lock:  # the model may have begun while `start` still returns
+            if self._early is None:
+                self._tell(done)
+            else:
+                self._early.append(done)
 
     def _tell(self, item: Event | Reply | Exception | None) -> None:
         try:

@@ -10,20 +10,11 @@ from typing_extensions import TypedDict
 
 from hybrid.chat.forms import held_to
 from hybrid.chat.message import CallPiece, Message, Text, Think, ToolCall
+from hybrid.chat.wishes import Positive, Sampled, ThinkingSwitch, stops
 from hybrid.errors import KimiError
 from hybrid.kimi import Kimi
 from hybrid.reply import Reply
-from hybrid.serve.asked import (
-    Asked,
-    Positive,
-    ThinkingSwitch,
-    Turn,
-    effective_thinking,
-    params,
-    refuse_media,
-    stops,
-    to_messages,
-)
+from hybrid.serve.asked import Asked, Turn, effective_thinking, params, refuse_media, to_messages
 from hybrid.serve.job import Event, Job
 from hybrid.serve.refusal import ANTHROPIC, Refusal, envelope, failure, to_json, unsupported
 from hybrid.stats import Stats
@@ -41,7 +32,7 @@ class BlockMessage(BaseModel):
     content: Blocks
 
 
-class Conversation(Asked):
+class Conversation(Sampled, Asked):
     """What the prompt is made from."""
 
     messages: list[BlockMessage]

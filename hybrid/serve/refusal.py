@@ -7,7 +7,7 @@ from typing import Any, NotRequired
 from fastapi import Response
 from typing_extensions import TypedDict
 
-from hybrid.chat.forms import BadForm
+from hybrid.chat.forms import BadField
 from hybrid.engine.request import Closed, Full
 from hybrid.errors import ContextExceeded, KimiError, UsageError
 
@@ -91,19 +91,18 @@ def to_json(body: Any) -> str:
     return json.dumps(body, separators=(",", ":"))
 
 
-def bad_request(error: KimiError, fields: tuple[str, ...] = ()) -> Refusal:
+def bad_request(error: KimiError) -> Refusal:
     """The refusal of a request for which `error` was raised before anything was computed."""
     if isinstance(error, Full):
         return Refusal(429, str(error), code="queue_full", headers={"retry-after": "1"})
     if isinstance(error, Closed):
         remedy = "The server must be started again; its log says why."
         return Refusal(503, f"{error.message} {remedy}", code="engine_closed")
-    if isinstance(error, BadForm):
+    if isinstance(error, BadField):
         return Refusal(400, str(error), param=error.param, code=error.code)
     if isinstance(error, ContextExceeded):
         return Refusal(400, str(error), param="messages", code="context_length_exceeded")
-    param = next((name for name in fields if error.message.startswith(f"{name} is ")), None)
-    return Refusal(400, str(error), param=param, code="invalid_value" if isinstance(error, UsageError) else None)
+    return Refusal(400, str(error), code="invalid_value" if isinstance(error, UsageError) else None)
 
 
 def failure(error: KimiError) -> Refusal:

@@ -11,10 +11,11 @@ from typing_extensions import TypedDict
 from hybrid.chat.forms import answer_grammar, held_to
 from hybrid.chat.message import CallPiece, Message, Text, Think, ToolCall
 from hybrid.chat.switch import wanted_thinking
+from hybrid.chat.wishes import Positive, Sampled
 from hybrid.errors import KimiError
 from hybrid.kimi import Kimi
 from hybrid.reply import Reply
-from hybrid.serve.asked import Asked, Positive, Turn, effective_thinking, params, refuse_media, to_messages
+from hybrid.serve.asked import Asked, Turn, effective_thinking, params, refuse_media, to_messages
 from hybrid.serve.job import Event, Job
 from hybrid.serve.refusal import Refusal, failure, to_json, unsupported
 
@@ -27,7 +28,7 @@ class Effort(BaseModel):
     effort: str | None = None
 
 
-class ResponseRequest(Asked):
+class ResponseRequest(Sampled, Asked):
     """`input` is a text, or items: messages, reasoning, function_call and function_call_output."""
 
     input: str | list[dict[str, Any]]

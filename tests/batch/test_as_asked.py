@@ -60,6 +60,34 @@ def test_a_stop_string_does_not_count_in_reasoning(kimi: Kimi, prompts: Prompts)
     assert stopped["message"]["reasoning_content"] == thoughts and stopped["finish_reason"] == plain["finish_reason"]
 
 
+def test_reasoning_ends_after_its_budget_as_it_does_alone(kimi: Kimi, prompts: Prompts) -> None:
+    asked = GREEDY | {"enable_thinking": True}
+    bounded = [{"thinking_budget": 5}, {"thinking": {"type": "enabled", "budget_tokens": 5}}]
+    jobs = jobs_of(prompts, *(asked | each for each in bounded))
+    for body, job in zip(bodies(kimi, prompts, jobs), jobs, strict=True):
+        reply = kimi.reply(list(job.asked.messages), params_of(kimi, job), thinking=True, think_budget=5)
+        for _ in reply:
+            pass
+        message, usage = body["choices"][0]["message"], body["usage"]
+        assert message["reasoning_content"] == reply.message.reasoning_content
+        assert message["content"] == reply.message.content != ""
+        assert usage["completion_tokens_details"]["reasoning_tokens"] == reply.stats.thinking_tokens <= 6
+
+
+def test_what_must_not_be_kept_is_not(kimi: Kimi, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, finish = [], kimi.finish_many
+
+    def spy(asked: Any, *settings: Any, **more: Any) -> Any:
+        for index, _, request in finish(asked, *settings, **more):
+            kept.append((index, request.keep))
+            yield index, _, request
+
+    monkeypatch.setattr(kimi, "finish_many", spy)
+    short = GREEDY | {"max_tokens": 2}
+    bodies(kimi, prompts, jobs_of(prompts, short, short | {"store": False}, short | {"store": True}))
+    assert sorted(kept) == [(0, True), (1, False), (2, True)]
+
+
 def test_a_text_that_is_continued_has_stops_and_logprobs_too(kimi: Kimi, prompts: Prompts) -> None:
     body = {"prompt": "of the", "temperature": 0, "max_tokens": 20, "logprobs": 2}
     (plain,) = choices(kimi, prompts, {"url": "/v1/completions", "body": body})

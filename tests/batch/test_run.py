@@ -146,7 +146,8 @@ def test_an_error_has_the_shape_of_openais() -> None:
     record = error_record(bad.custom_id, bad.why)
     assert set(record) == {"id", "custom_id", "response", "error"}
     assert record["error"] == record["response"]["body"]["error"] == {
-        "message": "n is not supported in batches.", "type": "invalid_request_error", "param": "n",
+        "message": "n: One answer per request is made here. Send the request several times.",
+        "type": "invalid_request_error", "param": "n",
         "code": "unsupported_parameter",
     }  # fmt: skip
     assert record["response"]["status_code"] == 400

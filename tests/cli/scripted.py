@@ -118,6 +118,8 @@ class Reply:
             if isinstance(part, Think) and (self._hurried or self.stats.thinking_tokens == self.budget):
                 continue
             time.sleep(delay)
+            if self.stats.generated_tokens == int(self.option("break", "-1")):
+                raise KimiError("The server is gone.", "Start it again.")
             if self._stopped:
                 self.finish_reason = "interrupted"
                 return

@@ -79,11 +79,16 @@ def test_a_conversation_outlives_its_server(terminal: Start, home: dict[str, str
         t.wait(lambda: t.text().count("Stopped; what was written is kept") == 2)
         t.ask("/experts")
         t.wait("experts used")
+        t.ask("/stats")
+        t.wait("read per token, RAM ")
         t.ask("third question")
         t.wait_thinking()
         process.kill()
         t.wait("is gone")
         t.wait("serve) and repeat the question")
+        t.wait("What was written is kept (/retry asks again).")
+        t.ask("/stats")
+        t.wait("this session")
         t.ask("/retry")
         t.wait(lambda: t.text().count("is gone") == 2)
         t.ask("/exit")
@@ -93,11 +98,30 @@ def test_a_conversation_outlives_its_server(terminal: Start, home: dict[str, str
     assert [message.content for message in kept.messages if message.role == "user"] == [
         "first question",
         "second question",
+        "third question",
     ]
+    assert kept.messages[-1].interrupted and kept.messages[-1].reasoning_content, "what came before the end"
     assert len(records(home)) == 1, "the server had no time to remove it"
     alone = chat(home, str(talker), "-p", "hello")
     assert alone.returncode == 0 and "attached" not in alone.stderr
     assert records(home) == []
+
+
+def test_one_answer_whose_server_dies_is_kept_as_far_as_it_came(home: dict[str, str], talker: Path) -> None:
+    command = [sys.executable, "-m", "cli.main", "chat", "--temp", "0", "-p", "hello there"]
+    pipe = subprocess.PIPE
+    with (
+        served(home, str(talker), "--ctx", "32k") as (process, _),
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=home) as asking,
+    ):
+        assert asking.stderr is not None and asking.stderr.readline().startswith("attached to")
+        begun = asking.stderr.read(20)
+        process.kill()
+        _, told = asking.communicate(timeout=60)
+    assert asking.returncode == 1 and "is gone" in told and "Traceback" not in told
+    kept = SessionStore(Path(home["XDG_STATE_HOME"], "kimi-local", "sessions")).latest()
+    assert kept is not None and [message.role for message in kept.messages][-2:] == ["user", "assistant"]
+    assert kept.messages[-1].interrupted and (kept.messages[-1].reasoning_content or "").startswith(begun)
 
 
 def test_a_server_that_wants_a_key(home: dict[str, str], tiny: Path) -> None:

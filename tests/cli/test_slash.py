@@ -21,7 +21,7 @@ from cli.output import THEME
 from cli.prompt import Prompt
 from cli.repl import Repl
 from hybrid.chat.session import SessionStore
-from hybrid.errors import UsageError
+from hybrid.errors import KimiError, UsageError
 
 
 class Quiet:
@@ -117,6 +117,28 @@ def test_retry_sends_again(repl: Repl) -> None:
     kimi: Any = repl.kimi
     assert len(kimi.asked) == 2 and kimi.asked[0] == kimi.asked[1]
     assert repl.conversation.turns == 1
+
+
+def test_an_answer_that_fails_on_the_way_is_kept_as_one_that_was_stopped(repl: Repl) -> None:
+    text = said(repl, "one break:2")
+    assert "error: The server is gone. Start it again." in text and "What was written is kept (/retry" in text
+    kept = repl.conversation.store.latest()
+    assert kept is not None and kept.messages == repl.conversation.messages
+    question, answer = kept.messages[-2:]
+    assert (question.content, answer.content, answer.interrupted) == ("one break:2", "You said:", True)
+
+
+def test_a_retry_that_fails_leaves_the_former_answer(repl: Repl, monkeypatch: pytest.MonkeyPatch) -> None:
+    said(repl, "one")
+    before = list(repl.conversation.messages)
+
+    def gone(*arguments: Any, **settings: Any) -> Any:
+        raise KimiError("The server is gone.", "Start it again.")
+
+    monkeypatch.setattr(repl.kimi, "reply", gone)
+    assert "is gone" in said(repl, "/retry") and "is gone" in said(repl, "/retry")
+    kept = repl.conversation.store.latest()
+    assert kept is not None and kept.messages == repl.conversation.messages == before
 
 
 def test_undo_and_edit(repl: Repl) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hybrid.attached import Attached, Link
 from hybrid.chat.message import Message, Text, Think, ToolCall, join_parts
 from hybrid.errors import ContextExceeded, KimiError
+from hybrid.memory.remembered import remember
 from hybrid.progress import Progress
 from tests.answering import answering
 from tests.serve.conftest import CTX, ScriptedKimi, serving
@@ -68,7 +72,7 @@ def test_the_same_answer(attached: Attached, kimi: ScriptedKimi, text: str, thin
     assert here.message == Message.from_parts(expected)
     for count in ("prompt_tokens", "thinking_tokens", "answer_tokens"):
         assert getattr(here.stats, count) == getattr(there.stats, count)
-    assert here.stats.first_token_s > 0 and here.stats.decode_tokens_per_s > 0
+    assert here.stats.first_token_s > 0 and here.stats.decode_tokens_per_s > 0 and here.stats.ram_gbps > 0
     if text == CALL:
         kinds = [type(part) for part in parts]
         assert ToolCall in kinds and here.message.tool_calls[0].arguments == '{"at": "sky"}'
@@ -143,6 +147,28 @@ def test_answer_now_ends_the_reasoning(attached: Attached) -> None:
             reply.answer_now()
     assert kinds[:5] == [Think] * 5 and Text in kinds
     reply.answer_now()  # it has ended: nothing to do
+
+
+def test_what_an_answer_read_from_disk_is_told(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    told = []
+    for _ in range(2):
+        with ScriptedKimi.load(tiny, ctx=CTX, kv_disk=1 << 28) as own:
+            own.asked = []
+            with serving(own) as address:
+                attached = Attached(address)
+                reply = attached.reply(asked("word " * 300), greedy(attached, max_tokens=4))
+                list(reply)
+                told.append(reply.stats)
+    assert told[0].disk_tokens == 0 < 256 <= told[1].disk_tokens <= told[1].cached_tokens
+
+
+def test_what_the_servers_memory_can_do(attached: Attached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert attached.ram_ceiling_gbps() is None, "it was never measured"
+    known = {f"{platform.node()} {torch.get_num_threads()}": 25.5}
+    remember(tmp_path / "kimi-local" / "bandwidth.json", known)
+    assert attached.ram_ceiling_gbps() == 25.5
 
 
 def test_an_error_of_the_engine_is_told(attached: Attached) -> None:

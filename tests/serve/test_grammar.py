@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from hybrid.chat.forms import BadForm, answer_grammar, calls_grammar, either
+from hybrid.chat.forms import BadField, answer_grammar, calls_grammar, either
 from hybrid.errors import MissingExtra
 from hybrid.grammar import Grammars
 from hybrid.kimi import Kimi
@@ -89,7 +89,7 @@ def test_forms_that_are_none(client: httpx2.Client, wrong: dict[str, Any]) -> No
 
 
 def test_a_schema_cannot_smuggle_in_a_rule() -> None:
-    with pytest.raises(BadForm):
+    with pytest.raises(BadField):
         answer_grammar({"type": "json_schema", "json_schema": {"schema": "x\nstart: /.*/"}})
     rule = calls_grammar([{"function": {"name": 'x" | /.*/ | "'}}], None)
     assert '"functions.x\\" | /.*/ | \\":"' in rule

@@ -7,14 +7,18 @@ import base64
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
+import pytest
 
 from hybrid.kimi import Kimi
-from hybrid.serve.desk import Desk
+from hybrid.serve.desk import REMEMBERED, Desk
 from hybrid.serve.insight import Inside, heat, top
+from hybrid.stats import Stats
+from tests.serve.conftest import CTX, serving
 
 CHAT = "/v1/chat/completions"
 LONG = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 400, "stream": True}
@@ -104,6 +108,57 @@ def test_answer_now(client: httpx2.Client, kimi: Kimi, address: str) -> None:
         assert answer.json() == {"id": thought["id"], "thinking": True}
         later = ("content" if event["choices"][0]["delta"].get("content") else "" for event in told)
         assert "content" in later, "the answer has begun"
+
+
+def test_the_figures_of_an_answer(client: httpx2.Client) -> None:
+    answer = client.post(CHAT, json=LONG | {"stream": False, "max_tokens": 4}).json()
+    told = client.get(f"/v1/kimi/answers/{answer['id']}").json()
+    assert told["id"] == answer["id"] and told["prompt_tokens"] == answer["usage"]["prompt_tokens"]
+    assert told["thinking_tokens"] + told["answer_tokens"] == 4 and told["host_bytes"] > 0
+    refused = client.get("/v1/kimi/answers/chatcmpl-none")
+    assert refused.status_code == 404 and refused.json()["error"]["code"] == "not_found"
+
+
+def test_figures_are_forgotten_in_the_end(client: httpx2.Client, kimi: Kimi) -> None:
+    desk = Desk(kimi, 1, 0)
+
+    class Ended:
+        reply, name = type("", (), {"stats": Stats()}), ""
+
+    for number in range(REMEMBERED + 1):
+        desk.call(Ended(), str(number))  # type: ignore[arg-type]
+    assert desk.figures("0") is None and desk.figures("1") is desk.figures(str(REMEMBERED)) is not None
+
+
+def test_nothing_is_told_of_a_disk_that_is_not_used(client: httpx2.Client) -> None:
+    assert client.get("/v1/kimi/memory").json()["disk"] is None
+    assert "kv_disk" not in client.get("/metrics").text
+
+
+def test_prompts_on_disk(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    root = tmp_path / "kimi-local" / "kv"
+    body = {"messages": [{"role": "user", "content": "word " * 300}], "max_tokens": 2}
+    seen = []
+    for _ in range(2):
+        with (
+            Kimi.load(tiny, ctx=CTX, kv_disk=1 << 28) as own,
+            serving(own) as address,
+            httpx2.Client(base_url=address, timeout=60) as client,
+        ):
+            assert client.post(CHAT, json=body).status_code == 200
+            metrics = dict(line.split() for line in client.get("/metrics").text.splitlines() if line[0] != "#")
+            seen.append((client.get("/v1/kimi/memory").json()["disk"], metrics))
+    (before, _), (after, metrics) = seen
+    (directory,) = root.iterdir()
+    sizes = [path.stat().st_size for path in directory.iterdir()]
+    assert before["directory"] == after["directory"] == str(directory)
+    assert before["restored_tokens"] == 0 and after["restored_tokens"] >= 256
+    assert (after["blocks"], after["bytes"]) == (len(sizes), sum(sizes)) and after["bytes"] == after["used"]
+    assert after["budget"] == 1 << 28
+    names = {"used": "bytes", "budget": "budget_bytes", "blocks": "blocks"}
+    assert all(float(metrics[f"kimi_local:kv_disk_{name}"]) == after[key] for key, name in names.items())
+    assert float(metrics["kimi_local:prompt_disk_tokens_total"]) == after["restored_tokens"]
 
 
 def test_answer_now_wants_an_answer_that_is_being_made(client: httpx2.Client) -> None:

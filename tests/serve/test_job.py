@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 import pytest
+
+from hybrid.chat.message import Message, Think
+from hybrid.kimi import Kimi
+from hybrid.progress import OnProgress, Progress
+from hybrid.reply import Reply
+from hybrid.serve.job import Job, Prefill
 
 PATH = "/v1/chat/completions"
 
@@ -29,6 +37,23 @@ def send(address: str, request: dict[str, Any]) -> socket.socket:
     head = f"POST {PATH} HTTP/1.1\r\nhost: {place.netloc}\r\ncontent-type: application/json\r\n"
     connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n{content}".encode())
     return connection
+
+
+def test_what_is_done_before_the_reply_is_there_is_told_after_it(kimi: Kimi, address: str) -> None:
+    early = Progress("prefill", 1, 9, "tok")
+
+    def start(on_progress: OnProgress) -> Reply:
+        on_progress(early)  # as a model does that is shared: it begins while the request still returns
+        return kimi.reply([Message("user", "hello")], replace(kimi.default_params(True), max_tokens=2))
+
+    async def watch() -> list[Any]:
+        job = Job(start, lambda job: None)
+        await job.started()
+        return [event async for event in job.events()]
+
+    first, *others = asyncio.run(watch())
+    assert isinstance(first, Prefill) and (first.done, first.total) == (early.done, early.total)
+    assert any(isinstance(event, Think) for event in others)
 
 
 @pytest.mark.parametrize("stream", [True, False])

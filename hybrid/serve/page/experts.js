@@ -52,7 +52,7 @@ export class Experts {
 
   async #read() {
     this.chosen = 0;
-    const [found, { prefix }] = await Promise.all([getJson("/v1/kimi/experts"), getJson("/v1/kimi/memory")]);
+    const [found, { prefix, disk }] = await Promise.all([getJson("/v1/kimi/experts"), getJson("/v1/kimi/memory")]);
     const [heat, places] = [unpacked(found.heat), unpacked(found.places)];
     this.found = { ...found, heat, places };
     $("heat").hidden = !found.layers.length;
@@ -60,7 +60,7 @@ export class Experts {
     this.#caption();
     this.#legend();
     this.#list();
-    $("caches").replaceChildren(...caches(found, prefix));
+    $("caches").replaceChildren(...caches(found, prefix), onDisk(disk));
   }
 
   #caption(perSecond = 0) {
@@ -114,14 +114,32 @@ export class Experts {
   }
 }
 
-/** What is known of each cache that there is. */
+/** A cache: how full it is, or how often it helped, and its figures. */
+function table(title, share, rows) {
+  const body = make("table");
+  fillTable(body, rows);
+  const bar = make("progress", { max: 1, value: share, "aria-label": title });
+  return make("div", { class: "cache" }, make("h4", {}, title), bar, body);
+}
+
+/** Prompts that outlive the server. */
+function onDisk(disk) {
+  const title = "Prompts kept on disk";
+  if (!disk) {
+    const off = make("p", { class: "quiet" }, "Off: ", make("code", {}, "--kv-disk SIZE"), " turns it on.");
+    return make("div", { class: "cache" }, make("h4", {}, title), off);
+  }
+  return table(title, disk.used / Math.max(1, disk.budget), [
+    ["In use", `${bytes(disk.used)} of ${bytes(disk.budget)}, of all models`],
+    ["This model's", `${count(disk.blocks)} blocks, ${bytes(disk.bytes)}`],
+    ["Read back since the start", `${count(disk.restored_tokens)} tokens`],
+    ["Damaged and dropped", disk.dropped === null ? "not counted" : count(disk.dropped)],
+    ["Directory", disk.directory],
+  ]);
+}
+
+/** What is known of each cache in memory that there is. */
 function caches({ tier, cache }, prefix) {
-  const table = (title, share, rows) => {
-    const body = make("table");
-    fillTable(body, rows);
-    const bar = make("progress", { max: 1, value: share, "aria-label": title });
-    return make("div", { class: "cache" }, make("h4", {}, title), bar, body);
-  };
   const used = prefix.pages - prefix.free;
   const found = [table("Pages of context", used / Math.max(1, prefix.pages), [
     ["In use or kept", `${count(used)} of ${count(prefix.pages)}, ${prefix.page_tokens} tokens each`],
