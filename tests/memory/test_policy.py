@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,3 +145,18 @@ def test_the_table_of_policies(skew: Skew) -> None:
             assert foresight >= 0.85 * optimum
         else:
             assert bound < 0.85 * optimum
+
+
+# The same for what the pocket model's router chose: 409 tokens each of text and of every skill, 64 experts, 8 of them
+# per token, evenly used over all. A token uses more experts than there are slots: LRU forgets each before it comes again.
+POCKET = ((0.179, 0.000, 0.079, 0.080), (0.433, 0.000, 0.217, 0.227))
+
+
+def test_the_table_of_policies_on_routing_that_was_learned() -> None:
+    with np.load(Path(__file__).parents[1] / "data" / "pocket_trace.npz") as file:
+        trace = file["chosen"].astype(np.int64)
+    for share, row in zip((0.03, 0.10), POCKET, strict=True):
+        capacity = int(share * 64 * trace.shape[1])
+        found = [hit_rate(trace, 64, capacity, name) for name in ("belady", "lru", "frequency", "foresight")]
+        assert found == pytest.approx(row, abs=0.002)
+        assert found[3] > max(found[1:3])
