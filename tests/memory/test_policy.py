@@ -148,7 +148,7 @@ def test_the_table_of_policies(skew: Skew) -> None:
 
 
 # The same for what the pocket model's router chose: 409 tokens each of text and of every skill, 64 experts, 8 of them
-# per token, evenly used over all. A token uses more experts than there are slots: LRU forgets each before it comes again.
+# per token, evenly used over all. A token uses more experts than there are slots: LRU forgets each before it is wanted.
 POCKET = ((0.179, 0.000, 0.079, 0.080), (0.433, 0.000, 0.217, 0.227))
 
 
