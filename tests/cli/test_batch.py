@@ -79,7 +79,7 @@ def test_bad_lines_go_to_the_errors_and_the_rest_runs(
     out, errors = tmp_path / "out.jsonl", tmp_path / "out.errors.jsonl"
     assert batch(source, "-o", out, "-m", tiny, "--ctx", "256") == 1
     err = capsys.readouterr().err
-    assert "line 1: n is not supported in batches." in err and "line 5: The line has neither" in err
+    assert "line 1: n: One answer per request is made here." in err and "line 5: The line has neither" in err
     assert "3 lines could not be answered: see " in err
     assert sorted(ids(out)) == ["line-2", "line-3"] and sorted(ids(errors)) == ["line-1", "line-5", "long"]
     codes = {each["custom_id"]: each["error"]["code"] for each in read(errors)}

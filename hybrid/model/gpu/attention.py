@@ -12,6 +12,7 @@ from hybrid.model.gpu.encode import FILL
 from hybrid.model.gpu.latent import attend_pages, merge_parts
 
 HEADS, ROWS = 16, 32  # of a program; rows at a time
+CODED_ROWS = 16  # where they are decoded, which takes registers
 LEAST_ROWS, MOST_PARTS = 256, 64
 
 
@@ -27,12 +28,13 @@ def decode(launch: Launch, queries: Tensor, cache: Tensor, seen: Seen, format: K
     else:
         latents, rotated = cache.split([rank, rope], dim=1)
         scales = latents  # stands for what values do not have, and is not read
+    rows = min(CODED_ROWS if format.reduced else ROWS, PAGE_SIZE)
     parts = _parts(tokens * triton.cdiv(heads, HEADS), seen.longest)
     sums = torch.empty(tokens, heads, parts, rank, dtype=torch.float32, device=queries.device)
     weights = torch.empty(tokens, heads, parts, dtype=torch.float32, device=queries.device)
     launch(
         attend_pages, (tokens, triton.cdiv(heads, HEADS), parts), queries.contiguous(), latents, scales, rotated,
-        *seen[:3], sums, weights, scale, heads, seen.tables.shape[1], HEADS=HEADS, ROWS=min(ROWS, PAGE_SIZE), RANK=rank,
+        *seen[:3], sums, weights, scale, heads, seen.tables.shape[1], HEADS=HEADS, ROWS=rows, RANK=rank,
         ROPE=rope, KIND=format.kind if format.reduced else "values", TILES=format.tiles,
         ROW_BYTES=cache.shape[1] * cache.element_size(), WIDE=queries.device.type == "cpu",
     )  # fmt: skip
