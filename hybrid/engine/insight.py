@@ -5,9 +5,7 @@ added to, so that what is missed in one look is in the next.
 """
 
 import platform
-from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,6 @@ from hybrid.memory import in_use
 from hybrid.memory.bandwidth import remembered_ceiling
 from hybrid.memory.hardware import Hardware, available_ram, probe
 from hybrid.memory.kv_cache import PAGE_SIZE
-from hybrid.memory.kv_files import bytes_in
 from hybrid.memory.place import Placement
 from hybrid.memory.tiers import NvmeTier
 
@@ -67,12 +64,12 @@ class Insight:
         if self._engine.disk is None:
             return None
         files = self._engine.disk.files
-        sizes = _sizes(files.directory)
+        blocks, used = files.usage()
         return {
             "directory": str(files.directory),
-            "blocks": len(sizes),
-            "bytes": sum(sizes),
-            "used": bytes_in(files.root),
+            "blocks": len(blocks),
+            "bytes": sum(blocks),
+            "used": used,
             "budget": files.budget,
             "dropped": files.dropped,
         }
@@ -139,12 +136,3 @@ class Insight:
             "python": hardware.python,
             "versions": dict(hardware.versions),
         }
-
-
-def _sizes(directory: Path) -> list[int]:
-    """Bytes of each block in `directory`, but for those that go away meanwhile."""
-    sizes = []
-    for path in directory.glob("*.kv"):
-        with suppress(OSError):
-            sizes.append(path.stat().st_size)
-    return sizes

@@ -11,7 +11,8 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pexpect
 import pyte
@@ -19,6 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hybrid
+from cli.opening import load_kimi
+from cli.options import ChatOptions
 from hybrid.checkpoint.tiny import make_tiny
 
 SCRIPTED = Path(__file__).with_name("scripted.py")
@@ -144,6 +148,20 @@ def terminal(home: dict[str, str]) -> Iterator[Callable[..., Terminal]]:
     yield start
     for each in opened:
         each.close()
+
+
+@pytest.fixture
+def load_settings(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """What `load_kimi(options)` gives to `Kimi.load` beside the model."""
+
+    def settings_of(options: ChatOptions) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+        model = SimpleNamespace(tokenizer=object())
+        monkeypatch.setattr(hybrid.Kimi, "load", lambda _, **settings: given.update(settings) or model)
+        load_kimi(options, lambda progress: None)
+        return given
+
+    return settings_of
 
 
 @pytest.fixture(scope="session")

@@ -1,25 +1,20 @@
 """`--kv`: as computed unless asked for, and handed to the model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-import hybrid
 from cli.attaching import LOADING
-from cli.opening import load_kimi
 from cli.options import KV, ChatOptions
 from hybrid.kimi import KV_CHOICES
 
 
 @pytest.mark.parametrize(("options", "kind"), [(ChatOptions(), "auto"), (ChatOptions(kv=KV.int8), "int8")])
-def test_what_the_model_is_loaded_with(monkeypatch: pytest.MonkeyPatch, options: ChatOptions, kind: str) -> None:
-    class Loaded:
-        tokenizer = object()
-
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(hybrid.Kimi, "load", lambda model, **settings: given.update(settings) or Loaded())
-    load_kimi(options, lambda progress: None)
-    assert given["kv"] == kind
+def test_what_the_model_is_loaded_with(
+    load_settings: Callable[..., dict[str, Any]], options: ChatOptions, kind: str
+) -> None:
+    assert load_settings(options)["kv"] == kind
 
 
 def test_there_is_a_choice_for_every_kind() -> None:

@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from numba.core import config
 
-import hybrid
-from cli.opening import load_kimi
 from cli.options import ChatOptions
 from cli.output import stats_line
 from hybrid.stats import Stats
@@ -52,15 +51,9 @@ def test_nothing_is_kept_where_nothing_is_to_be(tiny: Path, cache: Path) -> None
     [(ChatOptions(), None), (ChatOptions(kv_disk=0), 0), (ChatOptions(kv_disk=5, no_history=True), 0)],
 )
 def test_what_the_model_is_loaded_with(
-    monkeypatch: pytest.MonkeyPatch, options: ChatOptions, bytes_: int | None
+    load_settings: Callable[..., dict[str, Any]], options: ChatOptions, bytes_: int | None
 ) -> None:
-    class Loaded:
-        tokenizer = object()
-
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(hybrid.Kimi, "load", lambda model, **settings: given.update(settings) or Loaded())
-    load_kimi(options, lambda progress: None)
-    assert given["kv_disk"] == bytes_
+    assert load_settings(options)["kv_disk"] == bytes_
 
 
 def test_the_line_below_an_answer_says_what_came_from_disk() -> None:

@@ -1,26 +1,21 @@
 """`--speculate`: off unless asked for, handed to the model, and told of below an answer."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-import hybrid
 from cli.attaching import LOADING
-from cli.opening import load_kimi
 from cli.options import ChatOptions, Speculate
 from cli.output import stats_line
 from hybrid.stats import Stats
 
 
 @pytest.mark.parametrize(("options", "on"), [(ChatOptions(), False), (ChatOptions(speculate=Speculate.auto), True)])
-def test_what_the_model_is_loaded_with(monkeypatch: pytest.MonkeyPatch, options: ChatOptions, on: bool) -> None:
-    class Loaded:
-        tokenizer = object()
-
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(hybrid.Kimi, "load", lambda model, **settings: given.update(settings) or Loaded())
-    load_kimi(options, lambda progress: None)
-    assert given["speculate"] is on
+def test_what_the_model_is_loaded_with(
+    load_settings: Callable[..., dict[str, Any]], options: ChatOptions, on: bool
+) -> None:
+    assert load_settings(options)["speculate"] is on
 
 
 def test_it_is_about_a_model_that_is_loaded_here() -> None:
