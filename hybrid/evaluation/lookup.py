@@ -85,10 +85,10 @@ class Facts:
 
     def case(self, rng: random.Random, chosen: int) -> Case:
         """The text and a question that fits one of its facts only."""
-        question, said = _question(rng, self.relations[chosen], self.values[chosen])
+        question, known, said = _question(rng, self.relations[chosen], self.values[chosen])
         thinking = rng.random() < 0.7
         asked = Message("user", f"{question} {rng.choice(FORMS)}\nText: {self.text}")
-        answer = Message("assistant", said, f"The text says: {self.told[chosen]}" if thinking else None)
+        answer = Message("assistant", said, f"In the text: {known} {said}." if thinking else None)
         return Case("lookup", (asked,), (), thinking, answer)
 
 
@@ -114,11 +114,11 @@ def _facts(rng: random.Random, relations: list[Relation]) -> list[dict[str, str]
     return [{"name": name, "kind": kind, "value": value} for name, kind, value in rows]
 
 
-def _question(rng: random.Random, relation: Relation, fact: dict[str, str]) -> tuple[str, str]:
-    """A question and its answer."""
+def _question(rng: random.Random, relation: Relation, fact: dict[str, str]) -> tuple[str, str, str]:
+    """A question, the word it names, and its answer."""
     if rng.random() < 0.25:
-        return relation.who.format(**fact), fact["name"]
-    return rng.choice(relation.asked).format(**fact), fact["value"]
+        return relation.who.format(**fact), fact["value"], fact["name"]
+    return rng.choice(relation.asked).format(**fact), fact["name"], fact["value"]
 
 
 def _different_values(rng: random.Random, relations: list[Relation]) -> list[str]:

@@ -28,7 +28,7 @@ def tool_refusal(rng: random.Random) -> Case:
     wanted, *tools = _draw_tools(rng, rng.randint(2, 4))
     question = rng.choice(wanted.asks).format(**wanted.draw(rng))
     thinking = rng.random() < 0.5
-    answer = Message("assistant", REFUSAL, f"{_compared(tools, [wanted])} No tool fits." if thinking else None)
+    answer = Message("assistant", REFUSAL, f"{_compared(tools, [wanted])}, which is missing." if thinking else None)
     return Case("tool_refusal", (Message("user", question),), declared(tools), thinking, answer, exact=False)
 
 
@@ -41,15 +41,15 @@ def case(skill: str, rng: random.Random, tools: list[Tool], wanted: list[Tool]) 
         for index, (tool, values) in enumerate(zip(wanted, arguments, strict=True))
     )
     thinking = rng.random() < 0.5
-    why = f"{_compared(tools, wanted)} They fit."
+    why = f"{_compared(tools, wanted)} of these."
     answer = Message("assistant", "", why if thinking else None, calls)
     return Case(skill, (Message("user", " ".join(asks)),), declared(tools), thinking, answer)
 
 
 def _compared(tools: list[Tool], wanted: list[Tool]) -> str:
-    """What is needed beside what there is."""
-    needed, there = (", ".join(tool.name for tool in some) for some in (wanted, tools))
-    return f"It takes {needed}. There is {there}."
+    """What there is and then what is needed: whether it was there is to be said right behind its name, where a model
+    that finds a word again sees it."""
+    return f"There is {', '.join(tool.name for tool in tools)}. It takes {' and '.join(tool.name for tool in wanted)}"
 
 
 def declared(tools: list[Tool]) -> tuple[dict, ...]:

@@ -176,6 +176,28 @@ def test_another_answer_is_wrong(skill: str) -> None:
         assert not check(case, Message("assistant", case.answer.content + "1" if case.exact else ""))
 
 
+@pytest.mark.parametrize("skill", ["tool_call", "tool_multi", "tool_refusal"])
+def test_the_reasoning_says_whether_the_tool_is_there(skill: str) -> None:
+    for case in cases(skill, "train", 0, 100):
+        if case.thinking:
+            there = [tool["function"]["name"] for tool in case.tools]
+            said = re.fullmatch(r"There is (.*)\. It takes (.*)(?: of these|, which is missing)\.", why_of(case))
+            assert said and said[1].split(", ") == there
+            assert set(said[2].split(" and ")) <= set(there) if case.answer.tool_calls else said[2] not in there
+            assert case.answer.tool_calls or "which is missing" in why_of(case)
+
+
+def test_the_reasoning_of_a_lookup_names_both_words() -> None:
+    for case in cases("lookup", "train", 0, 100):
+        if case.thinking:
+            known, said = why_of(case).removeprefix("In the text: ").removesuffix(".").split(" ")
+            assert known in case.messages[0].content.split("\n")[0] and said == case.answer.content
+
+
+def why_of(case: Case) -> str:
+    return case.answer.reasoning_content or ""
+
+
 def test_both_modes_and_every_shape_come_up() -> None:
     for skill in ("copy", "sort", "lookup", "tool_call", "tool_multi", "tool_refusal"):
         assert {case.thinking for case in cases(skill, "train", 0, 50)} == {True, False}

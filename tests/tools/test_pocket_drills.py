@@ -3,7 +3,7 @@
 import random
 import re
 
-from pocket.drills import pairs, present, running
+from pocket.drills import facts, pairs, present, running
 
 MANY = 200
 
@@ -14,6 +14,19 @@ def test_pairs_come_in_the_order_asked() -> None:
         told, asked = case.messages[0].content.split(".\nAsked: ")
         known = dict(pair.split(" ", 1) for pair in told.removeprefix("Pairs: ").split(", "))
         assert case.answer.content == ", ".join(f"{word} {known[word]}" for word in asked.removesuffix(".").split(", "))
+
+
+def test_who_has_what_stands_in_one_sentence() -> None:
+    for seed in range(MANY):
+        case = facts(random.Random(seed))
+        asked, told = sorted(case.messages[0].content.split("\n"))
+        sentences = re.split(r"(?<=\.) ", told.removeprefix("Text: "))
+        said = case.answer.content.split(", ")
+        words = asked.removeprefix("Asked: ").removesuffix(".").split(", ")
+        assert len(said) == len(words) >= 1
+        for word, pair in zip(words, said, strict=True):
+            known, found = pair.split(" ", 1)
+            assert known == word and sum(word in sentence and found in sentence for sentence in sentences) == 1
 
 
 def test_what_is_in_the_list_is_there() -> None:

@@ -1,13 +1,14 @@
 """The model card: what a run, its data and its measured scores say, put into words. No figure is typed by hand."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from pocket.dataset import FIRST_SHARES, FIRST_STEPS, LAST_FROM, LAST_SHARES, PLAIN_ROWS, SHARES
+from pocket.dataset import PLAIN_ROWS, STAGES
 from pocket.model import shapes
 from pocket.muon import APART
 from pocket.record import read_log
@@ -96,12 +97,8 @@ def _marks(log: list[dict[str, Any]], count: int = 10) -> list[dict[str, Any]]:
 def _data(data: Path) -> Iterator[str]:
     yield "Conversations made on the spot, split by a hash of the prompt so that no test case was ever trained on."
     yield ""
-    parts = (
-        (f"Until step {FIRST_STEPS:,}", FIRST_SHARES),
-        (f"until step {LAST_FROM:,}", SHARES),
-        ("then", LAST_SHARES),
-    )
-    for when, shares in parts:
+    for end, shares in STAGES.items():
+        when = f"until step {end:,}" if end < sys.maxsize else "then"
         yield from wrap(f"- {when}: {_spelled(shares)}", 118, subsequent_indent="  ")
     yield ""
     yield f"Only answers are learned. {PLAIN_ROWS:.0%} of later rows, and what is left over in others, are plain text:"

@@ -4,6 +4,7 @@ What step n gets follows from the seed and n alone, so a run that is continued n
 """
 
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -55,9 +56,8 @@ FIRST_SHARES = {
     "tool_refusal": 5,
     "tool_call": 5,
 }
-# At last: fewer drills, more of what is asked in the end.
-LAST_FROM = 2000
-LAST_SHARES = {
+# Fewer drills, more of what is asked in the end.
+MORE_SHARES = {
     **SHARES,
     "arithmetic": 13,
     "arithmetic_instant": 6,
@@ -72,6 +72,44 @@ LAST_SHARES = {
     "present": 2,
     "running": 1,
 }
+# By then words next to each other are found, but not those that a sentence keeps apart.
+FACTS_SHARES = {
+    **SHARES,
+    "arithmetic": 6,
+    "arithmetic_instant": 4,
+    "copy": 4,
+    "count": 4,
+    "sort": 2,
+    "lookup": 17,
+    "tool_call": 12,
+    "name_recall": 1,
+    "tool_result": 1,
+    "second_question": 1,
+    "lookup_chat": 6,
+    "facts": 22,
+    "pairs": 2,
+    "present": 5,
+    "running": 2,
+}
+LAST_SHARES = {
+    **SHARES,
+    "arithmetic": 9,
+    "arithmetic_instant": 7,
+    "copy": 7,
+    "sort": 5,
+    "lookup": 18,
+    "tool_call": 13,
+    "tool_multi": 4,
+    "tool_result": 1,
+    "second_question": 1,
+    "lookup_chat": 5,
+    "facts": 8,
+    "pairs": 1,
+    "present": 3,
+    "running": 1,
+}
+# What the steps up to each of these are about; the last, whatever follows.
+STAGES = {FIRST_STEPS: FIRST_SHARES, 2000: SHARES, 4500: MORE_SHARES, 5500: FACTS_SHARES, sys.maxsize: LAST_SHARES}
 PLAIN_ROWS = (
     0.12  # after FIRST_STEPS: rows of nothing but plain text; the ends of the other rows are filled with it, too
 )
@@ -158,9 +196,7 @@ class Dataset:
 
 def shares_at(step: int) -> Mapping[str, int]:
     """What a step's conversations are about."""
-    if step < FIRST_STEPS:
-        return FIRST_SHARES
-    return SHARES if step < LAST_FROM else LAST_SHARES
+    return next(shares for end, shares in STAGES.items() if step < end)
 
 
 class _Queue:

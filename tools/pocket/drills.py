@@ -8,6 +8,7 @@ import random
 
 from hybrid.chat.message import Message
 from hybrid.evaluation.case import Case
+from hybrid.evaluation.lookup import Facts
 from hybrid.evaluation.words import ALL, CITIES, COLOURS, JOBS, NAMES, PETS
 
 
@@ -31,6 +32,19 @@ def present(rng: random.Random) -> Case:
     rng.shuffle(asked)
     said = ", ".join(f"{word} {'yes' if word in there else 'no'}" for word in asked)
     return _drill("present", rng, f"Asked: {', '.join(asked)}.\nList: {', '.join(there)}.", said)
+
+
+def facts(rng: random.Random) -> Case:
+    """Who has what, as told in sentences: both words stand in one, with others between them."""
+    told = Facts.draw(rng)
+    names = [value["name"] for value in told.values]
+    words = [(value["name"], value["value"]) for value in told.values if names.count(value["name"]) == 1]
+    if rng.random() < 0.3:
+        words = [(value, name) for name, value in words]
+    rng.shuffle(words)
+    asked = [f"Asked: {', '.join(known for known, _ in words)}.", f"Text: {told.text}"]
+    rng.shuffle(asked)
+    return _drill("facts", rng, "\n".join(asked), ", ".join(f"{known} {said}" for known, said in words))
 
 
 def running(rng: random.Random) -> Case:

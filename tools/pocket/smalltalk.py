@@ -12,7 +12,7 @@ from hybrid.evaluation.lookup import Facts
 from hybrid.evaluation.skills import SKILLS
 from hybrid.evaluation.tools import case as tool_case
 from hybrid.evaluation.words import NAMES, OBJECTS
-from pocket.drills import pairs, present, running
+from pocket.drills import facts, pairs, present, running
 
 HELP = "I can do sums, sort, count and repeat things, find facts in a text and call tools."
 WHO = "I am Pocket, a very small model built like Kimi K2.5."
@@ -103,6 +103,7 @@ TALK: dict[str, Callable[[random.Random], Case]] = {
     "second_question": second_question,
     "lookup_chat": lookup_chat,
     "pairs": pairs,
+    "facts": facts,
     "present": present,
     "running": running,
 }
