@@ -39,7 +39,7 @@ def facts(rng: random.Random) -> Case:
     told = Facts.draw(rng)
     names = [value["name"] for value in told.values]
     words = [(value["name"], value["value"]) for value in told.values if names.count(value["name"]) == 1]
-    if rng.random() < 0.3:
+    if rng.random() < 0.5:
         words = [(value, name) for name, value in words]
     rng.shuffle(words)
     asked = [f"Asked: {', '.join(known for known, _ in words)}.", f"Text: {told.text}"]

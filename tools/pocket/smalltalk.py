@@ -9,7 +9,7 @@ from hybrid.chat.message import Message
 from hybrid.evaluation.case import Case
 from hybrid.evaluation.catalogue import TOOLS, Tool
 from hybrid.evaluation.lookup import Facts
-from hybrid.evaluation.skills import SKILLS
+from hybrid.evaluation.skills import SKILLS, draw
 from hybrid.evaluation.tools import case as tool_case
 from hybrid.evaluation.words import NAMES, OBJECTS
 from pocket.drills import facts, pairs, present, running
@@ -96,12 +96,21 @@ def lookup_chat(rng: random.Random) -> Case:
     return replace(cases[-1], skill="lookup_chat", messages=tuple(turns[:-1]))
 
 
+def who(rng: random.Random) -> Case:
+    """The harder questions of a lookup: what is asked for stands before what is known."""
+    while True:
+        case = draw("lookup", "train", rng)
+        if case.messages[0].content.startswith("Who"):
+            return replace(case, skill="who")
+
+
 TALK: dict[str, Callable[[random.Random], Case]] = {
     "manners": manners,
     "name_recall": name_recall,
     "tool_result": tool_result,
     "second_question": second_question,
     "lookup_chat": lookup_chat,
+    "who": who,
     "pairs": pairs,
     "facts": facts,
     "present": present,
