@@ -33,10 +33,13 @@ def kernels(
 ) -> None:
     """Multiply K2.5-sized experts out of memory, in random order.
 
+    Batches above 32 are computed twice: by the kernels, and decoded for torch to multiply.
+
     Examples: kimi-local bench kernels · kimi-local bench kernels --json --isa avx2 --threads 2
     """
     force(isa)
     from hybrid.device import default_threads
+    from hybrid.memory.many import torch_gemm
     from quant.bench import FORMATS, measure
     from quant.cpu import CPU_NAME, ISA
 
@@ -45,20 +48,25 @@ def kernels(
     counts = _numbers("--threads", threads) or sorted({1, default_threads()})
     out = make_console(sys.stdout)
     batches = _numbers("--batch", batch)
-    results = measure(names, gigabytes, counts, batches, passes, lambda text: typer.echo(text, err=True))
+    results = measure(
+        names, gigabytes, counts, batches, passes, lambda text: typer.echo(text, err=True), make_gemm=torch_gemm
+    )
     head = next(results)
     if not as_json:
         out.print(f"{CPU_NAME}, {ISA} kernels. Physical ceiling, plain reading of the same memory:")
         for n, gbps in head["ceiling_gbps"].items():
             out.print(f"  {n} threads  {gbps:7.2f} GB/s")
-        out.print("format        bpw  threads batch     GB/s  share  Gweights/s  rel. error")
+        for n, by_batch in head.get("ceiling_gflops", {}).items():
+            for size, gflops in by_batch.items():
+                out.print(f"  {n} threads  {gflops:7.1f} GFLOP/s, {gflops / 2:.1f} Gweights/s: torch, batch {size}")
+        out.print("format      path     bpw  threads batch     GB/s  share  Gweights/s  rel. error")
     rows = []
     for row in results:
         rows.append(row)
         if not as_json:
             out.print(
-                f"{row['format']:11} {row['bpw']:5.3f} {row['threads']:7} {row['batch']:5} {row['gbps']:8.2f} "
-                f"{row['share']:6.1%} {row['gweights_s']:11.2f} {row['rel_err']:11.5f}"
+                f"{row['format']:11} {row['path']:6} {row['bpw']:5.3f} {row['threads']:7} {row['batch']:5} "
+                f"{row['gbps']:8.2f} {row['share']:6.1%} {row['gweights_s']:11.2f} {row['rel_err']:11.5f}"
             )
     typer.echo(json.dumps({**head, "rows": rows}))
 

@@ -11,11 +11,15 @@ import numpy as np
 
 from quant import LADDER, aligned, int4_g32, kernels, trellis, trellis_moe
 from quant.bandwidth import PIECE, read_seconds
+from quant.gemm import Gemm
+from quant.gemm import Layer as Stored
+from quant.gemm import sides as sides_of
 from quant.rotation import rotate, signs
 from quant.scales import to_bits
 
 ACTIVE = 8  # experts a token chooses
 FORMATS = ("int4_g32", *reversed(LADDER))
+CROWDED = 33  # tokens of an expert from which it may pay to decode it, so that both ways are timed
 Step = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # x, ids, weights -> y
 
 
@@ -51,6 +55,7 @@ class Layer(NamedTuple):
     expert_bytes: int
     memory: np.ndarray  # uint8, flat: some of what a step reads, in whole mebibytes
     step: Step
+    stored: Stored
     first: tuple[np.ndarray, np.ndarray]  # the meaning of every expert's gate_up and down, fp32
     signs: tuple[np.ndarray, np.ndarray]  # of the rotations of their inputs; ones where there is none
 
@@ -89,7 +94,7 @@ def _int4_layer(gigabytes: float, rng: np.random.Generator, shape: Shape) -> Lay
         int4_g32.decode(experts.down.blocks[0], shape.intermediate),
     )
     memory, ones = _whole(experts.gate_up.blocks), (np.ones(shape.hidden), np.ones(shape.intermediate))
-    return Layer("int4_g32", shape, count, expert_bytes, memory, partial(kernels.moe, experts), meanings, ones)
+    return Layer("int4_g32", shape, count, expert_bytes, memory, partial(kernels.moe, experts), experts, meanings, ones)
 
 
 def _trellis_layer(name: str, gigabytes: float, rng: np.random.Generator, shape: Shape) -> Layer:
@@ -104,7 +109,7 @@ def _trellis_layer(name: str, gigabytes: float, rng: np.random.Generator, shape:
     experts = trellis_moe.experts(data.reshape(-1), offsets, [(name, name)] * count, turns)
     gate_up, down = (trellis.decode(name, blob, *side) for blob, side in zip(blobs, sides, strict=True))
     step = partial(trellis_moe.moe, experts)
-    return Layer(name, shape, count, expert_bytes, _whole(data), step, (gate_up, down), turns)
+    return Layer(name, shape, count, expert_bytes, _whole(data), step, experts, (gate_up, down), turns)
 
 
 def random_matrix(name: str, rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
@@ -133,6 +138,36 @@ def relative_error(layer: Layer, rng: np.random.Generator, tokens: int = 1) -> f
     weights = rng.random(ids.shape, np.float32)
     expected = weights.sum(axis=1, keepdims=True) * exact(layer, x)
     return float(np.linalg.norm(layer.step(x, ids, weights) - expected) / np.linalg.norm(expected))
+
+
+# -- the other way: decoded, and multiplied by a library --------------------------------------------------------------
+def decoded(layer: Layer, gemm: Gemm) -> Layer:
+    """The layer with all its experts multiplied by `gemm` instead of the kernels."""
+
+    def step(x: np.ndarray, ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        y = np.zeros_like(x)
+        gemm.add_all(layer.stored, np.unique(ids).tolist(), x, ids, weights, y)
+        return y
+
+    return layer._replace(step=step)
+
+
+def product_gflops(layer: Layer, gemm: Gemm, batch: int, passes: int = 3) -> float:
+    """Its ceiling: the products of one expert for `batch` tokens by the library alone, in pieces decoded before."""
+    seconds, operations = 0.0, 0
+    for side in sides_of(layer.stored, 0):
+        w = gemm.decode(layer.stored, side, 0)
+        x, out = np.zeros((batch, len(w)), gemm.dtype), np.zeros((batch, w.shape[1]), gemm.dtype)
+        gemm.product(x, w, out)
+        seconds += min(_timed(partial(gemm.product, x, w, out)) for _ in range(passes))
+        operations += 2 * batch * w.size
+    return operations / seconds / 1e9
+
+
+def _timed(run: Callable[[], object]) -> float:
+    start = perf_counter()
+    run()
+    return perf_counter() - start
 
 
 class Pass:
@@ -168,8 +203,12 @@ def measure(
     passes: int,
     report: Callable[[str], None],
     shape: Shape = K25,
+    make_gemm: Callable[[int], Gemm] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield first {"ceiling_gbps": ..}, then one row per format, batch and threads.
+
+    `make_gemm` of a number of threads gives the other path, timed where a batch is CROWDED; then the head has
+    "ceiling_gflops" by threads and batch too, and a second row follows the first.
 
     Every timed pass is preceded by a pass of plain reading with as many threads; `share` is the median of the ratios
     of such neighbours, so that a machine that slows down slows both.
@@ -180,12 +219,21 @@ def measure(
         layer = random_layer(name, gigabytes, rng, shape)
         if index == 0:
             found = ceilings(layer.memory, threads, passes)
-            yield {"ceiling_gbps": {str(n): round(gbps, 2) for n, gbps in found.items()}}
+            head: dict[str, Any] = {"ceiling_gbps": {str(n): round(gbps, 2) for n, gbps in found.items()}}
+            crowded = [batch for batch in batches if batch >= CROWDED and make_gemm is not None]
+            if make_gemm is not None and crowded:
+                head["ceiling_gflops"] = {
+                    str(n): {str(b): round(product_gflops(layer, make_gemm(n), b), 1) for b in crowded} for n in threads
+                }
+            yield head
         error = relative_error(layer, rng)
         for batch in batches:
             for n in threads:
                 report(f"{name}, {n} threads, batch {batch}")
-                yield _row(layer, n, batch, passes, error, rng)
+                yield {"path": "kernel"} | _row(layer, n, batch, passes, error, rng)
+                if make_gemm is not None and batch in crowded:
+                    other = decoded(layer, make_gemm(n))
+                    yield {"path": "gemm"} | _row(other, n, batch, passes, relative_error(other, rng), rng)
         del layer  # before the next one takes as much memory
 
 

@@ -53,21 +53,24 @@ class Pairs(NamedTuple):
 
 @njit(cache=True)
 def group_by_expert(topk_ids, topk_weights, experts):
-    """topk_ids int64 [tokens, k], topk_weights fp32 [tokens, k], number of experts -> Pairs."""
+    """topk_ids int64 [tokens, k] or -1 for nobody, topk_weights fp32 [tokens, k], number of experts -> Pairs."""
     tokens, k = topk_ids.shape
     counts = np.zeros(experts, np.int64)
     for t in range(tokens):
         for j in range(k):
-            counts[topk_ids[t, j]] += 1
+            if topk_ids[t, j] >= 0:
+                counts[topk_ids[t, j]] += 1
     active = np.flatnonzero(counts)
     starts = np.zeros(active.size + 1, np.int64)
     place = np.empty(experts, np.int64)
     for a in range(active.size):
         place[active[a]] = starts[a]
         starts[a + 1] = starts[a] + counts[active[a]]
-    pairs = Pairs(active, starts, np.empty(tokens * k, np.int64), np.empty(tokens * k, np.float32))
+    pairs = Pairs(active, starts, np.empty(starts[-1], np.int64), np.empty(starts[-1], np.float32))
     for t in range(tokens):
         for j in range(k):
+            if topk_ids[t, j] < 0:
+                continue
             at = place[topk_ids[t, j]]
             place[topk_ids[t, j]] += 1
             pairs.tokens[at] = t
@@ -78,11 +81,11 @@ def group_by_expert(topk_ids, topk_weights, experts):
 def moe(experts: Experts, x: np.ndarray, topk_ids: np.ndarray, topk_weights: np.ndarray) -> np.ndarray:
     """Routed experts of one layer: x fp32 [tokens, hidden] -> fp32 [tokens, hidden]. Call from one thread at a time.
 
-    topk_ids int64 and topk_weights fp32, both [tokens, k], C-contiguous like x.
+    topk_ids int64 and topk_weights fp32, both [tokens, k], C-contiguous like x. An id of -1 adds nothing.
     """
     tokens, hidden = x.shape
     stack = experts.gate_up.blocks
-    assert topk_ids.size == 0 or 0 <= topk_ids.min() <= topk_ids.max() < stack.shape[0], "no such expert"
+    assert topk_ids.size == 0 or -1 <= topk_ids.min() <= topk_ids.max() < stack.shape[0], "no such expert"
     inputs = activations.zeros(tokens, hidden)
     inner = activations.zeros(topk_ids.size, stack.shape[1] * 16)
     raw = np.empty((topk_ids.size, stack.shape[1] * 32), np.float32)

@@ -131,6 +131,42 @@ def store_i8x16(typingctx, array, offset, value):
     return types.void(array, types.intp, i32x16), codegen
 
 
+def _bf16_bits(b: Any, x: Any) -> Any:
+    """The nearest bf16 of sixteen fp32 lanes, ties to even; NaN of our making stays NaN."""
+    bits = b.bitcast(x, i32x16.ir)
+    odd = b.and_(b.lshr(bits, constant(i32x16.ir, 16)), constant(i32x16.ir, 1))
+    rounded = b.add(b.add(bits, constant(i32x16.ir, 0x7FFF)), odd)
+    return b.trunc(b.lshr(rounded, constant(i32x16.ir, 16)), i16x16.ir)
+
+
+@intrinsic
+def store_as(typingctx, array, index, value):
+    """Store an f32x16 from element `index` on: as it is in an array of fp32, rounded to bf16 in one of uint16 bits."""
+    wide = array.dtype == types.float32
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        offset = builder.mul(args[1], ir.Constant(args[1].type, 4 if wide else 2))
+        stored = args[2] if wide else _bf16_bits(builder, args[2])
+        builder.store(stored, at(context, builder, sig.args[0], args[0], offset, stored.type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, f32x16), codegen
+
+
+@intrinsic
+def load_as(typingctx, array, index):
+    """An f32x16 from element `index` on of an array of fp32, or of uint16 that are bits of bf16."""
+    wide = array.dtype == types.float32
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        offset = builder.mul(args[1], ir.Constant(args[1].type, 4 if wide else 2))
+        kind = f32x16.ir if wide else i16x16.ir
+        found = builder.load(at(context, builder, sig.args[0], args[0], offset, kind), align=1)
+        return found if wide else _bf16_to_f32(builder, found)
+
+    return f32x16(array, types.intp), codegen
+
+
 @intrinsic
 def broadcast4(typingctx, array, offset):
     """Four adjacent bytes repeated sixteen times."""
@@ -228,6 +264,11 @@ def _power_of_two(b: Any, n: Any) -> Any:
     return b.bitcast(b.shl(b.add(n, constant(i32x16.ir, 127)), constant(i32x16.ir, 23)), f32x16.ir)
 
 
+def _byte_of(b: Any, x: Any, k: Any) -> Any:
+    places = splat(b, b.shl(b.trunc(k, I32), ir.Constant(I32, 3)), i32x16.ir)
+    return b.and_(b.lshr(b.bitcast(x, i32x16.ir), places), constant(i32x16.ir, 255))
+
+
 def _high_nibbles_down(b: Any, x: Any) -> Any:
     words = ir.VectorType(I16, 32)  # no machine shifts bytes: shift 16-bit words and mask what leaks in
     shifted = b.lshr(b.bitcast(x, words), constant(words, 4))
@@ -236,6 +277,8 @@ def _high_nibbles_down(b: Any, x: Any) -> Any:
 
 bf16_to_f32 = operation(f32x16, (i16x16,), _bf16_to_f32)
 power_of_two = operation(f32x16, (i32x16,), _power_of_two)  # 2**n for -126 <= n <= 127
+# One byte of every four: lane i is byte 4i + k of a u8x64.
+byte_of = operation(i32x16, (u8x64, types.intp), _byte_of)
 low_nibbles = operation(u8x64, (u8x64,), lambda b, x: b.and_(x, constant(u8x64.ir, 15)))
 high_nibbles = operation(u8x64, (u8x64,), lambda b, x: b.and_(x, constant(u8x64.ir, 0xF0)))  # times sixteen
 high_nibbles_down = operation(u8x64, (u8x64,), _high_nibbles_down)

@@ -120,10 +120,10 @@ def _buffers(experts: TrellisExperts, tokens: int, pairs: int, threads: int) -> 
 def moe(experts: TrellisExperts, x: np.ndarray, topk_ids: np.ndarray, topk_weights: np.ndarray) -> np.ndarray:
     """Routed experts of one layer: x fp32 [tokens, hidden] -> fp32 [tokens, hidden]. Call from one thread at a time.
 
-    topk_ids int64 and topk_weights fp32, both [tokens, k], C-contiguous like x.
+    topk_ids int64 and topk_weights fp32, both [tokens, k], C-contiguous like x. An id of -1 adds nothing.
     """
     count = len(experts.gate_up.planes)
-    assert topk_ids.size == 0 or 0 <= topk_ids.min() <= topk_ids.max() < count, "no such expert"
+    assert topk_ids.size == 0 or -1 <= topk_ids.min() <= topk_ids.max() < count, "no such expert"
     y = np.empty(x.shape, np.float32)
     threads = get_num_threads()
     buffers = _buffers(experts, len(x), topk_ids.size, threads)
@@ -153,8 +153,8 @@ def moe_reference(experts: TrellisExperts, blobs, formats, x, topk_ids, topk_wei
 
 @njit(cache=True)
 def _by_token(pairs, tokens, k):
-    """int64 [tokens, k]: each token's pairs, in ascending order of their experts."""
-    found, filled = np.empty((tokens, k), np.int64), np.zeros(tokens, np.int64)
+    """int64 [tokens, k]: each token's pairs, in ascending order of their experts, then -1 where it has fewer."""
+    found, filled = np.full((tokens, k), -1, np.int64), np.zeros(tokens, np.int64)
     for pair in range(pairs.tokens.size):
         token = pairs.tokens[pair]
         found[token, filled[token]] = pair
@@ -309,6 +309,8 @@ def _combine(down, pairs, of_token, out, y, chunk):
     start, stop = 4 * CHUNK * chunk, 4 * min(CHUNK * (chunk + 1), y.size)
     y[start // 4 : stop // 4] = np.float32(0)
     for pair in of_token:
+        if pair < 0:
+            break
         parts, weight = _parts_of(down, _expert_of(pairs, pair), out), splat_f32(pairs.weights[pair])
         for at in range(start, stop, 64):
             product = mul_f32(weight, _total(out[pair], parts, at))

@@ -186,16 +186,25 @@ def _eight_by_one(scratch, values, x, sums, at):
     _store8(sums, at, s)
 
 
-def _many(levels):
+def _block(levels):
+    @kernel
+    def decode_block(data, tile, block, blocks, chain, scratch):
+        """scratch uint8 [SCRATCH] = the levels of a block, step after step, panel after panel."""
+        for panel in range(PANELS):
+            found = levels(data, tile, block, blocks, chain, panel)
+            for step in range(8):
+                store_u8x64(scratch, 1024 * step + 64 * panel, found[step])
+
+    return decode_block
+
+
+def _many(decode_block):
     @kernel
     def add_many(data, tile, blocks, chain, values, offsets, column, sums, scratch):
         """The same for as many tokens as there are offsets, of the first byte of each in the flat `values`."""
         quads = offsets.size // 4 * 4
         for block in range(blocks):
-            for panel in range(PANELS):
-                found = levels(data, tile, block, blocks, chain, panel)
-                for step in range(8):
-                    store_u8x64(scratch, 1024 * step + 64 * panel, found[step])
+            decode_block(data, tile, block, blocks, chain, scratch)
             for i in range(0, quads, 4):
                 a, b, at = column + offsets[i], column + offsets[i + 1], ROW * i + 512 * block
                 xs = a, b, column + offsets[i + 2], column + offsets[i + 3]
@@ -208,7 +217,19 @@ def _many(levels):
 
 
 _one_t20, _one_t15, _one_t10 = _one(_levels_t20), _one(_levels_t15), _one(_levels_t10)
-_many_t20, _many_t15, _many_t10 = _many(_levels_t20), _many(_levels_t15), _many(_levels_t10)
+_block_t20, _block_t15, _block_t10 = _block(_levels_t20), _block(_levels_t15), _block(_levels_t10)
+_many_t20, _many_t15, _many_t10 = _many(_block_t20), _many(_block_t15), _many(_block_t10)
+
+
+@kernel
+def decode_block(halves, data, tile, block, blocks, chain, scratch):
+    """Levels of eight steps, block `block` of the tile at byte `tile`, into scratch uint8 [SCRATCH]."""
+    if halves == HALVES_T20:
+        _block_t20(data, tile, block, blocks, chain, scratch)
+    elif halves == HALVES_T15:
+        _block_t15(data, tile, block, blocks, chain, scratch)
+    else:
+        _block_t10(data, tile, block, blocks, chain, scratch)
 
 
 # --- a span ----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ ALLOWED = {
     "hybrid.memory": FLOOR | {"hybrid.checkpoint", "quant"},
     "hybrid.model": FLOOR | {"hybrid.memory", "hybrid.checkpoint", "quant"},
     "hybrid.engine": FLOOR | {"hybrid.model", "hybrid.memory"},
-    "hybrid.convert": FLOOR | {"hybrid.checkpoint", "hybrid.memory.hardware", "hybrid.device", "quant"},
+    "hybrid.convert": FLOOR
+    | {"hybrid.checkpoint", "hybrid.memory.hardware", "hybrid.memory.kv_format", "hybrid.device", "quant"},
     "hybrid.demo": FLOOR | {"hybrid.checkpoint", "hybrid.chat", "quant"},
     "hybrid.reply": FLOOR | {"hybrid.chat", "hybrid.engine"},
     "hybrid.kimi": FLOOR

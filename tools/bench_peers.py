@@ -6,7 +6,8 @@ its own, from Python with an array in and an array out. Passes of plain reading,
 share of the ceiling and a ratio are medians over neighbouring passes, so that a machine that slows down slows all
 three. llama.cpp runs each type twice where it can: as stored, and repacked for the CPU, which is its default. Its
 memory gets the huge pages ours has. With --batch N, N tokens choose the same eight experts: GB/s count an expert's
-bytes once, weights per second count each token's products.
+bytes once, weights per second count each token's products. Batches above 32 are computed a second time by our other
+path, "gemm": decoded, and multiplied by torch, whose GFLOP/s at these shapes are printed first.
 
 Before any timing each side is compared with its own dequantised weights in fp32. The last line is one JSON object.
 
@@ -33,11 +34,13 @@ import numpy as np
 import psutil
 from numba import config, set_num_threads
 from peers_ggml import PATTERN, VERSIONS, Ggml, GgmlExperts, Layout, Projections, version_rows
+from peers_torch import crowded, torch_ceiling
 
 from cli.bench import FORCED, force
 from hybrid.errors import DoesNotFit, KimiError, UsageError
+from hybrid.memory.many import torch_gemm
 from quant.bandwidth import read_seconds
-from quant.bench import ACTIVE, FORMATS, Layer, Shape, Step, enough, random_layer, relative_error
+from quant.bench import ACTIVE, FORMATS, Layer, Shape, Step, decoded, enough, random_layer, relative_error
 from quant.cpu import CPU_NAME, ISA
 
 PAIRS = "trellis2:iq2_xxs,trellis1_5:iq1_s,trellis1:iq1_s,int4_g32:q4_K"
@@ -87,11 +90,11 @@ def their_error(experts: GgmlExperts, rows: Projections, rng: np.random.Generato
     return float(np.linalg.norm(experts.step(x, ids, weights) - target) / np.linalg.norm(target))
 
 
-def check(program: Program, options: argparse.Namespace) -> None:
+def check(program: Program, options: argparse.Namespace, batches: Sequence[int] | None = None) -> None:
     """Print the relative error; raise KimiError when it is more than rounded activations explain."""
     rng = np.random.default_rng(options.seed)
     errors = []
-    for threads, tokens in itertools.product(options.threads, sorted({1, 3, *options.batch})):
+    for threads, tokens in itertools.product(options.threads, batches or sorted({1, 3, *options.batch})):
         program.set_threads(threads)
         errors.append(program.error(rng, tokens))
     name = f"{program.name} {program.format}"
@@ -147,10 +150,12 @@ class Duel(NamedTuple):
     theirs: Side
 
 
-def duel(ours: Program, theirs: Program, buffer: np.ndarray, options: argparse.Namespace) -> Iterator[Duel]:
-    """Every number of threads and batch size asked for; `buffer` is read to find the ceiling."""
+def duel(
+    ours: Program, theirs: Program, buffer: np.ndarray, options: argparse.Namespace, batches: Sequence[int]
+) -> Iterator[Duel]:
+    """Every number of threads asked for, and these batch sizes; `buffer` is read to find the ceiling."""
     rng = np.random.default_rng(options.seed)
-    for batch, threads in itertools.product(options.batch, options.threads):
+    for batch, threads in itertools.product(batches, options.threads):
         x = rng.standard_normal((batch, options.shape.hidden), np.float32)
         weights = rng.random((batch, ACTIVE), np.float32)
         passes = [partial(read_gbps, buffer, threads)]
@@ -254,6 +259,17 @@ def our_program(layer: Layer) -> Program:
     return Program("kimi-local", layer.format, layer.bits, layer.experts, layer.step, error, set_num_threads)
 
 
+def gemm_program(layer: Layer) -> Program:
+    """Ours, decoded and multiplied by torch."""
+    other = decoded(layer, torch_gemm(1))
+
+    def set_threads(threads: int) -> None:
+        set_num_threads(threads)
+        torch_gemm(threads)
+
+    return our_program(other)._replace(format=f"{layer.format} gemm", set_threads=set_threads)
+
+
 @contextmanager
 def their_program(ggml: Ggml, layout: Layout, pattern: Projections, options: argparse.Namespace) -> Iterator[Program]:
     """llama.cpp with as many bytes of experts; freed at the end."""
@@ -274,10 +290,15 @@ def compare(
     layer = random_layer(name, options.gb, np.random.default_rng(options.seed), options.shape)
     ours = our_program(layer)
     check(ours, options)
+    many = crowded(options.batch)
+    decoding = gemm_program(layer) if many else ours
+    if many:
+        check(decoding, options, many)
     for layout in layouts:
         with their_program(ggml, layout, pattern, options) as theirs:
             check(theirs, options)
-            yield from duel(ours, theirs, layer.memory[:READ_BYTES], options)
+            yield from duel(ours, theirs, layer.memory[:READ_BYTES], options, options.batch)
+            yield from duel(decoding, theirs, layer.memory[:READ_BYTES], options, many)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -289,9 +310,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     require_memory(options.gb)
     print_machine(ggml, options)
+    ceiling = torch_ceiling(options) if crowded(options.batch) else {}
     pattern = random_rows(options.shape, np.random.default_rng(options.seed))
     duels = [d for name in layouts for d in compare(ggml, name, layouts[name], pattern, options)]
-    result = summary(duels, options.shape.weights)
+    result = ceiling | summary(duels, options.shape.weights)
     print_summary(result, duels, options.shape.weights)
     return result
 

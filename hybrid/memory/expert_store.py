@@ -15,12 +15,17 @@ import torch
 from torch import Tensor
 
 from hybrid.checkpoint import Checkpoint, Expert, Int4Weight
+from hybrid.checkpoint.blob import Formats
 from hybrid.checkpoint.pack import Pack
 from hybrid.config import ModelConfig
 from hybrid.memory.direct import READERS, DirectFile
+from hybrid.memory.many import ManyTokens, kernel_of
 from hybrid.memory.tiers import NvmeTier
 from quant import aligned, int4_g32, kernels, trellis_moe
+from quant.gemm import Layer
 from quant.rotation import MATRICES, signs
+
+INT4: Formats = ("int4_g32", "int4_g32")
 
 
 class LayerExperts(Protocol):
@@ -37,14 +42,14 @@ class LayerExperts(Protocol):
 
 
 class PackedExperts:
-    """Low-bit experts times int8 activations, by the Numba kernels."""
+    """Low-bit experts times int8 activations, by the Numba kernels; with `ManyTokens`, some by torch."""
 
     def __init__(
         self, moe: Callable[..., np.ndarray], expert_bytes: np.ndarray, places: np.ndarray | None = None
     ) -> None:
-        """`moe` takes x, topk_ids and topk_weights and returns the layer's output: `quant.kernels.moe` of some experts
-        or `quant.trellis_moe.moe` of others. Where it has only some of a layer, places int64 [experts] are their
-        numbers there, and -1 for those it must not be asked for."""
+        """`moe` takes x, topk_ids and topk_weights and returns the layer's output: a kernel of `quant`, or
+        `ManyTokens.moe`, of the layer that is its first argument. Where that has only some of all experts, places int64
+        [experts] are their numbers there, and -1 for those it must not be asked for."""
         self.moe = moe
         self.expert_bytes = expert_bytes
         self.places = places
@@ -97,8 +102,10 @@ def load_experts(
     threads: int,
     tier: NvmeTier | None = None,
     pinned: np.ndarray | None = None,
+    many: ManyTokens | None = None,
 ) -> LayerExperts:
-    """The experts of one layer as their kernels read them; decoded and multiplied by torch instead if `exact`.
+    """The experts of one layer as their kernels read them; decoded and multiplied by torch instead if `exact`, and by
+    `many`, which the tier has of its own, where a chunk has many tokens for one.
 
     With a `tier`, made of the same pack, nothing is read now. Those `pinned` bool [experts] to a card are not read.
     """
@@ -108,12 +115,20 @@ def load_experts(
     kept = np.arange(checkpoint.config.n_routed_experts) if pinned is None else np.flatnonzero(~pinned)
     with ThreadPoolExecutor(max(threads, READERS)) as pool:
         if isinstance(checkpoint, Pack):
-            return _from_pack(checkpoint, layer, kept, exact, dtype, pool)
+            return _from_pack(checkpoint, layer, kept, exact, dtype, pool, many)
         if checkpoint.expert_format(layer) == "int4_g32":
-            return _from_int4(checkpoint, layer, kept, exact, dtype, pool)
+            return _from_int4(checkpoint, layer, kept, exact, dtype, pool, many)
     assert pinned is None, "no card multiplies such experts"
     sizes = np.full(checkpoint.config.n_routed_experts, checkpoint.config.expert_bytes(16))
     return ExactExperts(lambda i: _dense(checkpoint.expert(layer, i), dtype), sizes)
+
+
+def first_formats(checkpoint: Checkpoint) -> Formats | None:
+    """Of the first routed expert; None where no kernel of ours multiplies it."""
+    layers = checkpoint.config.moe_layers
+    if layers and isinstance(checkpoint, Pack):
+        return checkpoint.manifest.layers[layers[0]].formats[0]
+    return INT4 if layers and checkpoint.expert_format(layers[0]) == "int4_g32" else None
 
 
 def _places(kept: np.ndarray, experts: int) -> np.ndarray | None:
@@ -126,11 +141,17 @@ def _places(kept: np.ndarray, experts: int) -> np.ndarray | None:
 
 
 def _from_int4(
-    checkpoint: Checkpoint, layer: int, kept: np.ndarray, exact: bool, dtype: torch.dtype, pool: Executor
+    checkpoint: Checkpoint,
+    layer: int,
+    kept: np.ndarray,
+    exact: bool,
+    dtype: torch.dtype,
+    pool: Executor,
+    many: ManyTokens | None,
 ) -> LayerExperts:
     experts = _empty_int4(checkpoint.config, len(kept))
     list(pool.map(partial(_pack_released, checkpoint, layer, experts), kept.tolist(), range(len(kept))))
-    packed = _int4_experts(experts, kept, checkpoint.config)
+    packed = _int4_experts(experts, kept, checkpoint.config, many)
     if not exact:
         return packed
     hidden, intermediate = checkpoint.config.hidden_size, checkpoint.config.moe_intermediate_size
@@ -150,14 +171,29 @@ def _empty_int4(config: ModelConfig, count: int) -> kernels.Experts:
     return kernels.Experts(int4_g32.empty(count, 2 * intermediate, hidden), int4_g32.empty(count, hidden, intermediate))
 
 
-def _int4_experts(experts: kernels.Experts, kept: np.ndarray, config: ModelConfig) -> PackedExperts:
+def _int4_experts(
+    experts: kernels.Experts, kept: np.ndarray, config: ModelConfig, many: ManyTokens | None
+) -> PackedExperts:
     size = sum(math.prod(matrix.blocks.shape[1:]) for matrix in experts)
-    sizes = np.full(config.n_routed_experts, size)
-    return PackedExperts(partial(kernels.moe, experts), sizes, _places(kept, config.n_routed_experts))
+    sizes, formats = np.full(config.n_routed_experts, size), [INT4] * len(kept)
+    return PackedExperts(_applied(experts, formats, many), sizes, _places(kept, config.n_routed_experts))
+
+
+def _applied(experts: Layer, formats: list[Formats], many: ManyTokens | None) -> Callable[..., np.ndarray]:
+    """What computes a layer whose experts have these formats."""
+    if many is None:
+        return partial(kernel_of(experts), experts)
+    return partial(many.moe, experts, formats)
 
 
 def _from_pack(
-    pack: Pack, layer: int, kept: np.ndarray, exact: bool, dtype: torch.dtype, pool: Executor
+    pack: Pack,
+    layer: int,
+    kept: np.ndarray,
+    exact: bool,
+    dtype: torch.dtype,
+    pool: Executor,
+    many: ManyTokens | None,
 ) -> LayerExperts:
     """Blobs are read, not used where they could be mapped: the kernels must never wait for a page of a file."""
     record = pack.manifest.layers[layer]
@@ -166,14 +202,15 @@ def _from_pack(
         return ExactExperts(lambda i: _dense(pack.expert(layer, i, dtype), dtype), sizes)
     with closing(DirectFile(pack.path / record.file)) as file:
         if record.formats[0][0] == "int4_g32":  # then all are
-            return _int4_experts(_read_int4(pack, layer, kept, file, pool), kept, pack.config)
+            return _int4_experts(_read_int4(pack, layer, kept, file, pool), kept, pack.config, many)
         data, starts = _read_blobs(pack, layer, kept, file, pool)
     gate_up, down = (
         matrix._replace(planes=np.ascontiguousarray(matrix.planes[kept]))
         for matrix in _trellis(pack, layer, data, starts)[1:]
     )
     experts = trellis_moe.TrellisExperts(data, gate_up, down)
-    return PackedExperts(partial(trellis_moe.moe, experts), sizes, _places(kept, len(sizes)))
+    formats = [record.formats[expert] for expert in kept]
+    return PackedExperts(_applied(experts, formats, many), sizes, _places(kept, len(sizes)))
 
 
 def _trellis(pack: Pack, layer: int, data: np.ndarray, starts: np.ndarray) -> trellis_moe.TrellisExperts:

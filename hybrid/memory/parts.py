@@ -9,6 +9,7 @@ from hybrid.errors import UsageError
 from hybrid.memory import kv_format
 from quant import LADDER, int4_g32, int8_g32, trellis
 from quant.aligned import PAGE
+from quant.gemm import FP32, PIECE, buffer_bytes
 
 MIB, GIB = 1 << 20, 1 << 30
 RESIDENT_BITS = {"fp32": 32.0, "bf16": 16.0, "int8": int8_g32.BITS_PER_WEIGHT, "int4": int4_g32.BITS_PER_WEIGHT}
@@ -187,10 +188,15 @@ def gpu_prefill_bytes(config: ModelConfig, chunk: int, largest: int) -> dict[str
 
 
 def cpu_prefill_bytes(config: ModelConfig, chunk: int) -> int:
-    """Activations of a chunk on a CPU: fp32 and int8 rows of experts, queries and their latents."""
-    heads, width = config.num_attention_heads, config.qk_head_dim + config.latent_dim + config.kv_lora_rank
-    experts = config.num_experts_per_tok * (5 * config.moe_intermediate_size + 4 * config.hidden_size)
-    return chunk * (16 * config.hidden_size + 4 * heads * width + experts)
+    """Activations of a chunk on a CPU, and the piece of an expert that is decoded where one has many of its tokens."""
+    hidden, intermediate, heads = config.hidden_size, config.moe_intermediate_size, config.num_attention_heads
+    width = config.qk_head_dim + config.latent_dim + config.kv_lora_rank  # queries and their latents
+    per_token = 16 * hidden + 4 * heads * width
+    if not config.num_experts:
+        return chunk * per_token
+    kernels = config.num_experts_per_tok * (5 * intermediate + 4 * hidden)  # fp32 and int8 rows of experts
+    gemm = 4 * hidden + 8 * intermediate + 4 * min(PIECE, max(2 * intermediate, hidden))  # of one, in fp32
+    return chunk * (per_token + max(kernels, gemm)) + buffer_bytes(hidden, intermediate, FP32)
 
 
 def decode_bytes(config: ModelConfig, batch: int) -> int:

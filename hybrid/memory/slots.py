@@ -12,6 +12,7 @@ import numpy as np
 from hybrid.checkpoint.blob import Formats, Shapes
 from hybrid.checkpoint.pack import Pack
 from quant import aligned, int4_g32, kernels, trellis_moe
+from quant.gemm import Layer
 from quant.rotation import MATRICES, signs
 
 
@@ -34,6 +35,10 @@ class Slots(Protocol):
         Not weighted, and to the bit what its layer's kernel would have added: a sum over the experts of a token in
         their order is that kernel's result, however the pairs were spread over calls.
         """
+        ...
+
+    def experts(self, layer: int) -> Layer:
+        """All slots as if they were the experts of a layer, whose numbers are those of the slots."""
         ...
 
 
@@ -81,6 +86,12 @@ class TrellisSlots:
         experts = trellis_moe.TrellisExperts(self._data, gate_up, down)
         return trellis_moe.moe(experts, x, places[:, None], np.ones((len(places), 1), np.float32))
 
+    def experts(self, layer: int) -> Layer:
+        gate_up, down = (
+            matrix._replace(planes=planes) for matrix, planes in zip(self._matrices[layer], self._planes, strict=True)
+        )
+        return trellis_moe.TrellisExperts(self._data, gate_up, down)
+
 
 def _matrices(pack: Pack, layer: int) -> list[trellis_moe.Matrices]:
     """gate_up and down of a layer, without experts."""
@@ -117,3 +128,6 @@ class Int4Slots:
 
     def multiply(self, layer: int, slots: np.ndarray, x: np.ndarray, places: np.ndarray) -> np.ndarray:
         return kernels.moe(self._experts, x, slots[places][:, None], np.ones((len(places), 1), np.float32))
+
+    def experts(self, layer: int) -> Layer:
+        return self._experts

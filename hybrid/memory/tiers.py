@@ -17,6 +17,7 @@ import numpy as np
 from hybrid.checkpoint.pack import Pack
 from hybrid.errors import CheckpointError, DoesNotFit
 from hybrid.memory.direct import READERS, DirectFile, Preadv
+from hybrid.memory.many import NOBODY, ManyTokens
 from hybrid.memory.residents import Following, Residents
 from hybrid.memory.router_stats import TierCounters, odds
 from hybrid.memory.slots import open_slots, slot_bytes
@@ -30,8 +31,17 @@ OnBytes = Callable[[int, int], None]  # told the bytes done, and of how many
 class NvmeTier:
     """The routed experts of a pack, some in RAM and all on the drive. Used from one thread at a time."""
 
-    def __init__(self, pack: Pack, budget: int, *, pinned: Collection[int] = (), preadv: Preadv = os.preadv) -> None:
-        """`budget` bytes of RAM; experts with keys `pinned` are a card's and not asked for; `preadv` does the reading.
+    def __init__(
+        self,
+        pack: Pack,
+        budget: int,
+        *,
+        pinned: Collection[int] = (),
+        preadv: Preadv = os.preadv,
+        many: ManyTokens | None = None,
+    ) -> None:
+        """`budget` bytes of RAM; experts with keys `pinned` are a card's and not asked for; `preadv` does the reading,
+        and `many` multiplies experts that have many tokens.
 
         Raises DoesNotFit when the budget will not hold what one token needs of a layer.
         """
@@ -40,6 +50,7 @@ class NvmeTier:
         self._pinned = frozenset(pinned)
         self.slots = open_slots(pack, min(config.num_experts - len(self._pinned), budget // self.slot_bytes))
         self.counters = TierCounters()
+        self._many = many
         self._pack, self._layers, self._experts = pack, config.moe_layers, config.n_routed_experts
         records = {layer: pack.manifest.layers[layer] for layer in self._layers}
         self._files = {layer: DirectFile(pack.path / record.file, preadv) for layer, record in records.items()}
@@ -87,16 +98,33 @@ class NvmeTier:
         which = which.reshape(-1)
         ahead = self._foresee(layer, chosen) if tokens <= FEW else []
         self._residents.note(layer, chosen)
+        formats = self._pack.manifest.layers[layer].formats
+        apart = NOBODY if self._many is None else self._many.chosen(formats, topk_ids)
         out = np.empty((tokens * k, x.shape[1]), np.float32)
         keys = (layer * self._experts + chosen).tolist()
         assert self._pinned.isdisjoint(keys), "an expert that is only on the card"
         for group in self._groups(keys, ahead):
+            experts = np.array(group) % self._experts
+            self._multiply_many(layer, experts[np.isin(experts, apart)], x, topk_ids, out)
+            experts = experts[~np.isin(experts, apart)]
             place = np.full(len(chosen), -1)
-            place[np.searchsorted(chosen, np.array(group) % self._experts)] = np.arange(len(group))
+            place[np.searchsorted(chosen, experts)] = np.arange(len(experts))
             pairs = np.flatnonzero(place[which] >= 0)
-            slots = np.array([self._residents.slot_of[key] for key in group])
-            out[pairs] = self.slots.multiply(layer, slots, x[pairs // k], place[which[pairs]])
-        return combine(topk_ids, topk_weights, out.reshape(tokens, k, -1))
+            if pairs.size:
+                slots = np.array([self._residents.slot_of[key] for key in (layer * self._experts + experts).tolist()])
+                out[pairs] = self.slots.multiply(layer, slots, x[pairs // k], place[which[pairs]])
+        order = topk_ids + self._experts * np.isin(topk_ids, apart)  # as `ManyTokens.moe` adds
+        return combine(order, topk_weights, out.reshape(tokens, k, -1))
+
+    def _multiply_many(
+        self, layer: int, experts: np.ndarray, x: np.ndarray, topk_ids: np.ndarray, out: np.ndarray
+    ) -> None:
+        """out [pairs, hidden] of those pairs whose expert, which is in RAM, `many` multiplies."""
+        for expert in experts.tolist():
+            assert self._many is not None
+            pairs = np.flatnonzero(topk_ids == expert)
+            slot = self._residents.slot_of[layer * self._experts + expert]
+            out[pairs] = self._many.outputs(self.slots.experts(layer), slot, x[pairs // topk_ids.shape[1]])
 
     # -- who is in RAM ----------------------------------------------------------------------------------------------
     def _groups(self, keys: list[int], ahead: list[int]) -> Iterator[list[int]]:

@@ -5,7 +5,21 @@ import pytest
 
 from quant import trellis
 from quant.bandwidth import PIECE
-from quant.bench import ACTIVE, FORMATS, K25, Pass, Shape, enough, measure, random_layer, relative_error
+from quant.bench import (
+    ACTIVE,
+    CROWDED,
+    FORMATS,
+    K25,
+    Pass,
+    Shape,
+    decoded,
+    enough,
+    measure,
+    product_gflops,
+    random_layer,
+    relative_error,
+)
+from quant.gemm import Gemm
 
 TINY = Shape(512, 256)
 
@@ -71,9 +85,32 @@ def test_measure_yields_the_ceiling_then_a_row_per_setting() -> None:
     assert [(row["format"], row["batch"]) for row in rows] == [
         (name, batch) for name in ("trellis2", "int4_g32") for batch in (1, 2)
     ]
-    keys = {"format", "bpw", "rows", "cols", "threads", "batch", "gbps", "gweights_s", "share", "rel_err"}
+    keys = {"path", "format", "bpw", "rows", "cols", "threads", "batch", "gbps", "gweights_s", "share", "rel_err"}
     for row in rows:
         assert set(row) == keys
         assert (row["rows"], row["cols"], row["threads"]) == (256, 512, 1)
         assert row["gbps"] > 0 and row["gweights_s"] > 0 and row["share"] > 0 and 0 < row["rel_err"] < 0.03
+    assert {row["path"] for row in rows} == {"kernel"}
     assert said[0] == "preparing 0.003 GB of trellis2" and len(said) == 2 + len(rows)
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "trellis2_5"])
+def test_the_decoding_path_computes_the_same_layer(name: str, rng: np.random.Generator) -> None:
+    layer = random_layer(name, 0.002, rng, TINY)
+    other = decoded(layer, Gemm())
+    assert 0 < relative_error(other, rng, tokens=5) < 1e-5 < relative_error(layer, rng, tokens=5)
+    assert product_gflops(layer, Gemm(), 40) > 0
+
+
+def test_crowded_batches_are_measured_both_ways() -> None:
+    given: list[int] = []
+
+    def make(threads: int) -> Gemm:
+        given.append(threads)
+        return Gemm()
+
+    batches = [1, CROWDED]
+    head, *rows = measure(["trellis2"], 0.003, [1], batches, 1, lambda text: None, TINY, make)
+    assert head["ceiling_gflops"]["1"].keys() == {str(CROWDED)} and head["ceiling_gflops"]["1"][str(CROWDED)] > 0
+    assert [(row["path"], row["batch"]) for row in rows] == [("kernel", 1), ("kernel", CROWDED), ("gemm", CROWDED)]
+    assert rows[2]["rel_err"] < 1e-5 < rows[1]["rel_err"] and set(given) == {1}

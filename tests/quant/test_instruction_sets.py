@@ -19,13 +19,16 @@ CPUS = {
     "generic": ("nehalem", "+sse4.2,+popcnt"),
 }
 
-EVERY = ("int4_g32", "int8_g32", "linear", "activations", "swiglu", "bf16", "rotation", "trellis_moe", "viterbi")
+EVERY = (
+    "int4_g32", "int8_g32", "linear", "activations", "swiglu", "bf16", "kv_rows", "rotation", "trellis_moe", "gemm",
+    "viterbi",
+)  # fmt: skip
 # Compiling is what takes time. AVX-VNNI differs from AVX2 in its integer products; on old CPUs LLVM spells everything.
 TESTS = {
     "avx512vnni": EVERY,
     "avx2": EVERY,
     "avxvnni": ("int4_g32", "int8_g32", "trellis_moe"),
-    "generic": ("int4_g32", "int8_g32", "bf16", "rotation", "trellis_moe"),
+    "generic": ("int4_g32", "int8_g32", "bf16", "kv_rows", "rotation", "trellis_moe"),
 }
 
 

@@ -211,6 +211,29 @@ def test_a_tiny_run_ends_in_one_json_object(bench: ModuleType, capsys: pytest.Ca
     assert sum("relative error" in line for line in text) == len(formats)
 
 
+def test_torch_has_a_ceiling_where_both_paths_are_timed(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    options = bench.parse([*TINY, "--batch", "1,32,33,40"])
+    found = bench.torch_ceiling(options)["ceiling_gflops"]
+    assert list(found) == ["1"] and list(found["1"]) == ["33", "40"] and min(found["1"].values()) > 0
+    assert capsys.readouterr().out.count("GFLOP/s by torch") == 2
+
+
+def test_our_other_path_is_checked_too(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    options = bench.parse([*TINY, "--batch", "40"])
+    layer = random_layer("trellis2", options.gb, np.random.default_rng(0), options.shape)
+    bench.check(bench.gemm_program(layer), options, [40])
+    assert "kimi-local trellis2 gemm: relative error" in capsys.readouterr().out
+
+
+@needs_llama
+def test_a_crowded_batch_is_timed_by_both_paths(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([*TINY, "--pairs", "int4_g32:q4_K", "--batch", "1,40"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["ceiling_gflops"]["1"]["40"] > 0
+    timed = {(ratio["ours"], ratio["batch"]) for ratio in result["ratios"]}
+    assert timed == {("int4_g32", 1), ("int4_g32", 40), ("int4_g32 gemm", 40)}
+
+
 @needs_llama
 def test_a_peer_that_reads_other_experts_is_not_timed(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     options = bench.parse(TINY)
