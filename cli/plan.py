@@ -219,7 +219,8 @@ def reproduction(model: str, machine: Hardware, made: MemoryPlan) -> str:
     words += ["--reserve", str(made.placement.ram.parts["system"]), "--cores", str(speeds.cores)]
     words += ["--ram-bw", f"{speeds.ram:.4g}", "--disk-bw", f"{speeds.disk:g}", "--pcie-bw", f"{speeds.pcie:g}"]
     words += ["--ctx", str(options.ctx), "--batch", str(options.batch), "--experts", pinned(made)]
-    words += ["--resident", made.placement.resident, "--kv", options.kv, "" if options.nvme else "--no-nvme"]
+    resident = "auto" if options.as_stored else made.placement.resident
+    words += ["--resident", resident, "--kv", options.kv, "" if options.nvme else "--no-nvme"]
     words += [] if options.ram_budget is None else ["--ram-budget", str(options.ram_budget)]
     words += [] if options.gpu_experts is None else ["--gpu-experts", str(options.gpu_experts)]
     return " ".join(word for word in words if word)

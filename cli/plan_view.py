@@ -18,6 +18,10 @@ TIERS = {
     "exclusive": "RAM and VRAM together hold them, each in one place",
     "nvme": "on NVMe, RAM a cache",
 }
+ROUTING = {
+    "recorded": "as often as earlier runs chose each expert",
+    "assumed": "assumed: no run of this model is recorded",
+}
 UNITS = {"rss": "bytes", "vram": "bytes", "load_s": "seconds"}
 
 
@@ -115,6 +119,8 @@ def _predictions(plan: MemoryPlan) -> Iterable[tuple[str, ...]]:
     sources = ", ".join(f"{name} {source}" for name, source in plan.rates.sources.items())
     speeds = f"{plan.rates.cores} cores, RAM {plan.rates.ram:.3g} GB/s, drive {plan.rates.disk:.3g} GB/s"
     yield "with", speeds, "", sources
+    if plan.config.num_experts:
+        yield "routing", ROUTING[plan.routing]
 
 
 def _figure(figure: Figure, unit: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from cli.options import Debug, parse_bytes, parse_tokens
+from cli.options import KV, Debug, parse_bytes, parse_tokens
 from cli.output import byte_count, count, duration, is_drawable, make_console, rate
 from cli.streaming import named_directory
 from hybrid.errors import UsageError
@@ -42,6 +42,7 @@ _FORMAT = "int4 keeps INT4 experts without loss."
 _RESIDENT = "What every token reads: as stored, or its large matrices in 8 or 4 bits."
 _CALIBRATION = "What kimi-local calibrate made of SRC: less error at the same size."
 _CTX = "With --ram: tokens of context to leave room for."
+_KV = "With --ram: how the KV cache of these will be kept; auto is bf16."
 _DELETE = "Delete each shard of SRC once all of it is safely in the pack."
 _REPORT = "Only show what the pack PACK lost, layer by layer."
 
@@ -58,6 +59,7 @@ def quantize(
         Path | None, typer.Option("--calibration", metavar="DIR", help=_CALIBRATION, show_default=False)
     ] = None,
     ctx: Annotated[str, typer.Option("--ctx", metavar="TOKENS", help=_CTX)] = "32k",
+    kv: Annotated[KV, typer.Option("--kv", help=_KV)] = KV.auto,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Cores to use.", show_default=False)] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=(1 << 24) - 1, help="Of the random rotations.")] = 0,
     delete_source: Annotated[bool, typer.Option("--delete-source", help=_DELETE)] = False,
@@ -87,7 +89,7 @@ def quantize(
     # Experts are encoded one per core; matrix products that each use all cores would wait for one another. NumPy reads
     # this when it is first imported, which is here. A calibrated run took a third of the time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    settings = _settings(ram, bits, mix, format, resident, calibration, ctx, seed)
+    settings = _settings(ram, bits, mix, format, resident, calibration, ctx, kv, seed)
     if dry_run:
         _dry_run(source, target, settings, threads, delete_source, json_output)
         return
@@ -114,9 +116,11 @@ def _settings(
     resident: Resident,
     calibration: Path | None,
     ctx: str,
+    kv: KV,
     seed: int,
 ) -> Settings:
     from hybrid.convert import INT4, Settings, parse_mix
+    from hybrid.memory.kv_format import kind_of
 
     if format == ExpertFormat.int4 and mix:
         raise UsageError("--mix and --format int4 exclude each other.", "Give one of them.")
@@ -128,6 +132,7 @@ def _settings(
         calibration=calibration.expanduser() if calibration else None,
         seed=seed,
         ctx=parse_tokens(ctx),
+        kv=kind_of(kv.value, full=False),
     )
 
 
@@ -198,6 +203,8 @@ def _dry_run(
         print(f"{'':21}{matrix}: {_counted(formats)}")
     print(f"resident  {byte_count(found['resident_bytes']):>9}  {found['resident']}")
     print(f"total     {byte_count(total):>9}  of {byte_count(found['source_bytes'])}")
+    if found["kv_bytes"]:
+        print(f"KV cache  {byte_count(found['kv_bytes']):>9}  left to {count(found['ctx'])} tokens in {found['kv']}")
     print(f"disk      {byte_count(found['disk_needed']):>9}  at most, {byte_count(found['disk_free'])} free")
     speed = f"{rate(found['weights_per_s'] / 1e6)} M weights/s with {found['workers']} threads"
     print(f"encoding  {duration(found['seconds']):>9}  predicted, from {speed} just now")

@@ -4,6 +4,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -23,14 +24,16 @@ from hybrid.device import choose_device, use_threads
 from hybrid.engine.engine import Engine
 from hybrid.engine.insight import Insight
 from hybrid.engine.request import Mask, Request
-from hybrid.engine.sampler import SamplingParams
+from hybrid.engine.sampler import SamplingParams, recommended
 from hybrid.engine.service import Service
 from hybrid.engine.speculation import Gauge
 from hybrid.errors import KimiError, UsageError
 from hybrid.memory.achieved import recorded, run_file
 from hybrid.memory.bandwidth import ram_ceiling_gbps
 from hybrid.memory.disk_kv import open_disk_kv
+from hybrid.memory.expert_store import first_formats
 from hybrid.memory.kv_format import AUTO, REDUCED
+from hybrid.memory.many import ManyTokens
 from hybrid.memory.place import Placement
 from hybrid.memory.remembered import remember
 from hybrid.memory.router_stats import read_counts, save_counts, stats_file
@@ -46,8 +49,6 @@ DEFAULT_CTX = 32768
 PREFILL_CHUNK = 256
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KV_CHOICES = (AUTO, "bf16", *REDUCED)
-# Thinking and instant, as Moonshot recommends for K2.5.
-RECOMMENDED = {True: {"temperature": 1.0, "top_p": 0.95}, False: {"temperature": 0.6, "top_p": 0.95}}
 REMEMBERED = 256  # last replies that the figures of a run are taken from
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class Kimi:
         verify: bool = False,
         speculate: bool = False,
         prefill_chunk: int = PREFILL_CHUNK,
+        many_tokens: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> "Kimi":
         """Load a model directory, "demo" (also None: the demo model, built on first use) or "pocket".
@@ -107,7 +109,9 @@ class Kimi:
         little more than half of bf16 and round what attention sees. kv_disk bytes of the user's cache keep rows of
         prompts and answers, so that later runs need not compute them again; None is 8 GiB or a tenth of the free disk,
         0 neither writes nor reads. `speculate` has ids that repeat what came before computed ahead, where that proves
-        faster.
+        faster. prefill_chunk tokens of prompts are computed at once. A routed expert with many_tokens of them and more
+        is decoded and multiplied by torch, with activations that are not rounded to int8; None measures from how many
+        on that is faster here, once, and 0 is never. With activations float32 torch multiplies all of them anyway.
 
         Raises CheckpointError for a model that is missing, damaged or unknown, and DoesNotFit, before reading weights,
         when memory will not hold it.
@@ -130,6 +134,8 @@ class Kimi:
         residence, placement = settle(checkpoint, residence, room, ram_budget=ram_budget, gpu_experts=gpu_experts)
         known = stats_file(checkpoint)
         counts = read_counts(known, config)
+        if not residence.exact:
+            residence = replace(residence, many=ManyTokens(config, many_tokens))
         residence = furnish(checkpoint, residence, placement, counts)
         tier, total = residence.tier, load_bytes(checkpoint, residence, placement)
         model = Transformer(
@@ -149,7 +155,7 @@ class Kimi:
         disk = open_disk_kv(checkpoint, rows, kv_disk, residence.exact, residence.card is not None)
         engine = Engine(model, rows, prefill_chunk, tokens, disk, Gauge() if speculate else None)
         kimi = cls(checkpoint, engine, tier, known if keep_stats else None)
-        failed = kimi._compile(report)
+        failed = kimi._compile(report, residence.many)
         if failed:
             log.warning("%s Everything is loaded again, for the CPU.", failed)
             kimi.close()
@@ -211,22 +217,17 @@ class Kimi:
 
     def default_params(self, thinking: bool) -> SamplingParams:
         """Sampling as the checkpoint's generation_config says, else as recommended for the mode."""
-        values: dict[str, Any] = dict(RECOMMENDED[thinking])
-        known = ("temperature", "top_p", "top_k", "min_p")
-        values |= {key: self.generation_config[key] for key in known if self.generation_config.get(key) is not None}
-        if self.generation_config.get("do_sample") is False:
-            values["temperature"] = 0.0
-        return SamplingParams(**values, stop_ids=self.stop_ids)
+        return recommended(thinking, self.generation_config, self.stop_ids)
 
     # -- what it does -----------------------------------------------------------------------------------------------
-    def share(self, *, batch: int = 8, queue: int = 64) -> None:
+    def share(self, *, batch: int = 8) -> None:
         """From now on any number of threads may call `logits`, `generate`, `reply` and `complete`, and iterate these.
 
-        A thread of its own computes up to `batch` answers together, and `queue` may wait: for more, Full is raised.
-        `close` ends it, and interrupts what is being made.
+        A thread of its own computes up to `batch` answers together, and the others wait. `close` ends it, and
+        interrupts what is being made.
         """
         assert self._service is None, "it is shared already"
-        self._service = Service(self._engine, batch=batch, queue=queue)
+        self._service = Service(self._engine, batch=batch)
 
     def require_open(self) -> None:
         """Raises Closed if the model is shared and an error has ended what computes."""
@@ -331,19 +332,8 @@ class Kimi:
         return len(self._render(messages, tools, self.default_thinking if thinking is None else thinking))
 
     def expert_report(self) -> dict[str, Any]:
-        """Use of the routed experts since loading: `layers`, `counts` int64 [layers, experts] as lists, `tier`
-        and `cache`.
-
-        `tier` is None where no expert is on a drive alone, and `cache` where none are on a card; else `TierCounters`
-        and `CacheCounters`, each with its `hit_rate`, `slots` and `slot_bytes`.
-        """
-        stats, tier, cache = self._engine.model.stats, self._tier, self._engine.model.cache
-        return {
-            "layers": list(stats.layers),
-            "counts": [stats.counts[layer].tolist() for layer in stats.layers],
-            "tier": None if tier is None else tier.counters.report(tier.slots.count, tier.slot_bytes),
-            "cache": None if cache is None else cache.counters.report(cache.count, cache.slot_bytes),
-        }
+        """Use of the routed experts since loading, as `Insight.report` has it."""
+        return self.insight.report()
 
     def run_record(self) -> dict[str, float]:
         """Figures of this run so far, as `plan --compare` has them beside what was predicted."""
@@ -384,13 +374,16 @@ class Kimi:
     def _render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, thinking: bool) -> list[int]:
         return self.template.render_ids(messages, self.tokenizer, tools=tools, thinking=thinking)
 
-    def _compile(self, report: OnProgress) -> str:
+    def _compile(self, report: OnProgress, many: ManyTokens | None) -> str:
         """Run every kernel once, so that compilation (seconds, first run only) happens where progress is shown.
 
         What failed, if that was a card's; empty if nothing did.
         """
         report(Progress("compile", 0, 1, "kernels"))
+        formats = first_formats(self._checkpoint)
         try:
+            if many is not None and formats is not None:
+                many.compile(formats, self._engine.prefill_chunk * self.config.num_experts_per_tok)
             self._engine.logits([0])
         except KimiError as error:
             if self._engine.model.card is None:

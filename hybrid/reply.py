@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from weakref import WeakMethod
 
-from hybrid.chat.message import Message, Part, Text, ToolCall
+from hybrid.chat.message import Message, Part
 from hybrid.chat.parser import THINK_END, ReplyParser
 from hybrid.chat.plain import PlainParser
-from hybrid.chat.stops import Stops
+from hybrid.chat.reading import Reading
 from hybrid.chat.tokenizer import Tokenizer
 from hybrid.engine.engine import Engine
 from hybrid.engine.request import Request, TokenLogprobs
@@ -29,12 +29,10 @@ class Reply:
         think_budget: int | None,
     ) -> None:
         self._request = request
-        self._parser = parser
+        self._reading = Reading(parser, request.params.stop, think_budget)
         self._think_end = tokenizer.specials.get(THINK_END)
-        self._think_budget = think_budget
-        self._stops = Stops(request.params.stop)
         self._parts: deque[Part] = deque()
-        self._called = self._over = False
+        self._over = False
         self.stats = Stats(prompt_tokens=len(request.prompt))
         self._clock = _Clock(engine, self.stats)
         take = WeakMethod(self._take)  # a reply that nobody listens to any more must not live on in its request
@@ -47,7 +45,8 @@ class Reply:
     def __next__(self) -> Part:
         while not self._parts and not self._over:
             if next(self._ids, None) is None:
-                self._finish()
+                self._over = True
+                self._give(self._reading.finish())
                 continue
             if not self.stats.first_token_s:
                 self._clock.begin(self._request)
@@ -62,25 +61,25 @@ class Reply:
 
     def answer_now(self) -> None:
         """Close the reasoning; does nothing when the model is not reasoning or its vocabulary has no such token."""
-        if self._parser.thinking and self._think_end is not None and not self._request.forced:
+        if self._reading.thinking and self._think_end is not None and not self._request.forced:
             self._request.forced.append(self._think_end)
 
     @property
     def thinking(self) -> bool:
         """Whether the model is reasoning at this moment."""
-        return self._parser.thinking
+        return self._reading.thinking
 
     @property
     def finish_reason(self) -> str:
         """stop, length, context, tool_calls or interrupted; empty while the reply is being made."""
-        if self._called and self._stops.found is None and self._request.finish_reason == "stop":
+        if self._reading.called and not self._reading.stopped and self._request.finish_reason == "stop":
             return "tool_calls"
         return self._request.finish_reason
 
     @property
     def stop_string(self) -> str | None:
         """Which of the stop strings ended the answer, if one did."""
-        return self._stops.found
+        return self._reading.stop_string
 
     @property
     def logprobs(self) -> list[TokenLogprobs]:
@@ -90,8 +89,7 @@ class Reply:
     @property
     def message(self) -> Message:
         """The assistant's turn so far."""
-        message = self._parser.message(interrupted=self._request.finish_reason == "interrupted")
-        return replace(message, content=message.content[: len(message.content) - self._stops.behind])
+        return self._reading.message(interrupted=self._request.finish_reason == "interrupted")
 
     def _take(self, token: int) -> None:
         """Called as `token` is chosen and before the next one is, perhaps on another thread than the one that listens.
@@ -100,35 +98,16 @@ class Reply:
         """
         if token in self._request.params.stop_ids:
             return
-        if self._parser.thinking:
-            self.stats.thinking_tokens += 1
-        else:
-            self.stats.answer_tokens += 1
-        parts = self._parser.feed(token)
-        if self._think_budget is not None and self.stats.thinking_tokens >= self._think_budget:
+        parts = self._reading.feed(token)
+        self.stats.thinking_tokens, self.stats.answer_tokens = self._reading.thoughts, self._reading.words
+        if self._reading.spent:
             self.answer_now()
         self._give(parts)
 
     def _give(self, parts: list[Part]) -> None:
-        for part in parts:
-            if isinstance(part, Text):
-                self._give_text(self._stops.feed(part.text))
-            elif self._stops.found is None:
-                self._give_text(self._stops.flush())
-                self._called = self._called or isinstance(part, ToolCall)
-                self._parts.append(part)
-        if self._stops.found is not None:
+        self._parts.extend(parts)
+        if self._reading.stopped:
             self._request.finish_reason = "stop"
-
-    def _give_text(self, text: str) -> None:
-        if text:
-            self._parts.append(Text(text))
-
-    def _finish(self) -> None:
-        self._over = True
-        if self._stops.found is None:
-            self._give(self._parser.finish())
-            self._give_text(self._stops.flush())
 
 
 class _Clock:

@@ -74,7 +74,7 @@ def test_an_answer_ends_before_its_stop(tiny: Path, at: int, shared: bool) -> No
         text = text_of(list(whole))
         stop = text[at : at + 5]
         if shared:
-            kimi.share(batch=2, queue=2)
+            kimi.share(batch=2)
         reply = kimi.reply(HELLO, replace(params, stop=("never", stop)), thinking=False)
         before = text[: text.index(stop)]
         assert text_of(list(reply)) == before

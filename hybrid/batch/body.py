@@ -1,6 +1,6 @@
 """The body of a line: a request for a chat or for the continuation of a text, checked without a model.
 
-All but messages and prompts is read by `hybrid.chat.wishes`, as the server does.
+It is read by `hybrid.chat.bodies`, as the server does.
 """
 
 from collections.abc import Mapping
@@ -9,9 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from hybrid.chat.bodies import ChatBody, TextBody
 from hybrid.chat.forms import UNSUPPORTED, BadField
 from hybrid.chat.message import Message
-from hybrid.chat.wishes import ChatWishes, TextWishes, explained
+from hybrid.chat.wishes import explained
 from hybrid.errors import KimiError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -63,10 +64,10 @@ def read_body(url: Any, body: Mapping[str, Any]) -> Asked:
 
 
 def _chat(body: Mapping[str, Any]) -> Asked:
-    wishes = ChatWishes.model_validate(body)
+    wishes = ChatBody.model_validate(body)
     tools, grammar = wishes.form()
     return Asked(
-        _messages(body.get("messages")),
+        tuple(wishes.said()),
         tools=tuple(tools or ()),
         thinking=wishes.reasoning(),
         think_budget=wishes.budget(),
@@ -77,7 +78,11 @@ def _chat(body: Mapping[str, Any]) -> Asked:
 
 
 def _text(body: Mapping[str, Any]) -> Asked:
-    return Asked(prompt=_prompt(body.get("prompt")), sampling=TextWishes.model_validate(body).sampling())
+    wishes = TextBody.model_validate(body)
+    first, *more = wishes.prompts()
+    if more:
+        raise BadField(f"There are {1 + len(more)} prompts. Give each a line.", "prompt")
+    return Asked(prompt=first if isinstance(first, str) else tuple(first), sampling=wishes.sampling())
 
 
 def _refuse_unsupported(body: Mapping[str, Any]) -> None:
@@ -85,31 +90,3 @@ def _refuse_unsupported(body: Mapping[str, Any]) -> None:
     for name in ("stream", "echo"):
         if body.get(name) not in (None, False):
             raise Refused(f"{name} is not supported in batches.", UNSUPPORTED, name)
-
-
-def _messages(given: Any) -> tuple[Message, ...]:
-    if not isinstance(given, list) or not given:
-        raise Refused("messages is not a list of messages.", param="messages")
-    return tuple(_message(message, f"messages[{at}]") for at, message in enumerate(given))
-
-
-def _message(given: Any, where: str) -> Message:
-    if not isinstance(given, dict):
-        raise Refused(f"{where} is not an object.", param=where)
-    parts = given.get("content")
-    for part in parts if isinstance(parts, list) else ():
-        kind = part.get("type", "text") if isinstance(part, dict) else None
-        if kind != "text":
-            raise Refused(f"{where} holds {kind or 'no text'}; only text is read.", "unsupported_content", where)
-    try:
-        return Message.from_dict(given)
-    except KimiError as error:
-        raise Refused(f"{where}: {error.message}", param=where) from error
-
-
-def _prompt(given: Any) -> str | tuple[int, ...]:
-    if isinstance(given, str) and given:
-        return given
-    if isinstance(given, list) and given and all(type(token) is int and token >= 0 for token in given):
-        return tuple(given)
-    raise Refused("prompt is neither a text nor a list of token ids.", param="prompt")

@@ -7,6 +7,7 @@ from typing import Any
 
 from hybrid.batch.body import Asked, Refused
 from hybrid.batch.lines import Line
+from hybrid.chat.bodies import prompt_ids
 from hybrid.chat.forms import BadField
 from hybrid.chat.template import ChatTemplate
 from hybrid.chat.tokenizer import Tokenizer
@@ -99,18 +100,15 @@ class Prompts:
             raise Refused(str(error), error.code or "invalid_request", error.param or "response_format") from error
 
     def _prompt(self, asked: Asked, thinking: bool) -> list[int]:
-        if isinstance(asked.prompt, str):
-            return self.tokenizer.encode(asked.prompt)
-        if asked.prompt is not None:
-            if max(asked.prompt) >= self._ids:
-                raise Refused(f"prompt holds {max(asked.prompt)}, and there are {self._ids:,} tokens.", param="prompt")
-            return list(asked.prompt)
         try:
+            if asked.prompt is not None:
+                prompt = asked.prompt if isinstance(asked.prompt, str) else list(asked.prompt)
+                return prompt_ids(self.tokenizer, prompt, self._ids)
             return self.template.render_ids(
                 asked.messages, self.tokenizer, tools=asked.tools or None, thinking=thinking
             )
         except KimiError as error:
-            raise Refused(str(error), param="messages") from error
+            raise Refused(str(error), param="messages" if asked.is_chat else "prompt") from error
 
 
 def _seed(seed: int | None, custom_id: str) -> int:

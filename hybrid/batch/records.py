@@ -23,7 +23,7 @@ def answer_record(job: Job, answer: Answer, prompts: Prompts) -> dict[str, Any]:
     choice = _choice(message, chat=job.asked.is_chat)
     kind = "chat.completion" if job.asked.is_chat else "text_completion"
     why = answer.finish_reason
-    called = why == "stop" and message.tool_calls and not read.stopped
+    called = why == "stop" and read.called and not read.stopped
     finish = "tool_calls" if called else REASONS.get(why, why)
     logprobs = _logprobs(job, answer, prompts.tokenizer)
     body = {
@@ -54,7 +54,7 @@ def reading(job: Job, tokenizer: Tokenizer) -> Reading:
     if not job.asked.is_chat:
         return Reading(PlainParser(tokenizer), stop)
     calls = sum(len(message.tool_calls) for message in job.asked.messages)
-    return Reading(ReplyParser.after(job.prompt, tokenizer, calls), stop)
+    return Reading(ReplyParser.after(job.prompt, tokenizer, calls), stop, job.asked.think_budget)
 
 
 def _choice(message: Message, *, chat: bool) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def answers(kimi: Kimi, jobs: Sequence[Job], batch: int) -> Iterator[Answer]:
         request.keep = job.asked.keep
         if request.params.stop or job.asked.think_budget:
             enough = kimi.tokenizer.specials.get(THINK_END)
-            request.on_token = _watched(request, reading(job, kimi.tokenizer), job.asked.think_budget, enough)
+            request.on_token = _watched(request, reading(job, kimi.tokenizer), enough)
 
     for index, ids, request in kimi.finish_many(prompts, params, batch=batch, prepare=prepare):
         request.mask, request.on_token = None, no_notice  # what they hold is not needed until the last answer ends
@@ -66,8 +66,8 @@ class _Later:
         return self._mask(ids)
 
 
-def _watched(request: Request, reading: Reading, budget: int | None, enough: int | None) -> Callable[[int], None]:
-    """What ends `request` at the first of its stop strings, and its reasoning by `enough` after `budget` tokens."""
+def _watched(request: Request, reading: Reading, enough: int | None) -> Callable[[int], None]:
+    """What ends `request` at the first of its stop strings, and its reasoning by `enough` when its budget is spent."""
 
     def note(token: int) -> None:
         if token in request.params.stop_ids:
@@ -75,7 +75,7 @@ def _watched(request: Request, reading: Reading, budget: int | None, enough: int
         reading.feed(token)
         if reading.stopped:
             request.finish_reason = "stop"
-        elif budget and enough is not None and reading.thinking and reading.thoughts >= budget and not request.forced:
+        elif reading.spent and enough is not None and not request.forced:
             request.forced.append(enough)
 
     return note

@@ -222,11 +222,16 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name when it is whole and on the disk, in place of one that had it."""
+    """A file to write that takes its name when it is whole and on the disk, in place of one that had it; on an error
+    nothing of it stays."""
     temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        yield file
-    move_durably(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        move_durably(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from hybrid.checkpoint.blob import MATRICES, Shapes
 from hybrid.config import ModelConfig
 from hybrid.convert.encode import LayerEncoder, encode_expert
 from hybrid.convert.experts import worker_count
-from hybrid.convert.plan import Plan, Settings, make_plan
+from hybrid.convert.plan import Plan, Settings, kv_room, make_plan
 from hybrid.convert.run import HEADROOM, on_one_disk, space_needed
 from hybrid.convert.source import read_source
 from hybrid.device import default_threads
@@ -27,6 +27,8 @@ def estimate(
     source: Path, target: Path, settings: Settings, *, threads: int | None = None, delete_source: bool = False
 ) -> dict[str, Any]:
     """Sizes, formats, disk and time of a pack; JSON-ready. Encodes random matrices for some seconds.
+
+    `kv_bytes` of memory were left to the KV cache of `ctx` tokens; 0 if they had no part in it.
 
     The time is that of the encoders without a calibration's feedback, on otherwise idle cores. Raises as `quantize`.
     """
@@ -45,6 +47,9 @@ def estimate(
         "bits_per_weight": round(8 * expert_bytes / found.config.routed_params, 4),
         "resident": settings.resident,
         "resident_bytes": sum(plan.resident_bytes.values()),
+        "ctx": min(settings.ctx, found.config.max_position_embeddings),
+        "kv": settings.kv,
+        "kv_bytes": kv_room(found.config, settings),
         "formats": {matrix: _count(plan, part) for part, matrix in enumerate(MATRICES)},
         "source_bytes": sum(found.sizes().values()),
         "disk_needed": HEADROOM + space_needed(found, plan.part_bytes(found.config), [], frees),

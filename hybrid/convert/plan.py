@@ -6,7 +6,7 @@ later run must bring the same ones, and takes the formats from there.
 How much may the experts take?
     --bits B     B bits per weight, scales and padding included
     --ram SIZE   SIZE less 6 GiB for the system and the program, less the resident weights, less the KV cache of --ctx
-                 tokens (resident weights and cache only where there is no GPU to hold them)
+                 tokens, kept as --kv (resident weights and cache only where there is no GPU to hold them)
     --mix NAMES  a named format for each matrix
 """
 
@@ -31,6 +31,7 @@ from hybrid.convert.source import Source, layer_part
 from hybrid.device import choose_device
 from hybrid.errors import DoesNotFit, UsageError
 from hybrid.memory.hardware import total_ram
+from hybrid.memory.kv_format import KINDS, kv_bytes
 from quant.aligned import PAGE
 
 INT4 = ("int4_g32", "int4_g32")
@@ -51,12 +52,18 @@ class Settings:
     calibration: Path | None = None
     seed: int = 0  # of the rotations
     ctx: int = DEFAULT_CTX  # tokens, for --ram
+    kv: str = "bf16"  # a member of kv_format.KINDS: how the cache of these keeps rows
 
     def __post_init__(self) -> None:
         given = [value for value in (self.ram, self.bits, self.mix) if value is not None]
         if len(given) > 1:
             raise UsageError("--ram, --bits, --mix and --format int4 exclude each other.", "Give one of them.")
-        assert self.resident in resident.STORED and 0 <= self.seed < 1 << 24
+        assert self.resident in resident.STORED and self.kv in KINDS and 0 <= self.seed < 1 << 24
+
+    @property
+    def by_memory(self) -> bool:
+        """Whether it is memory that decides what experts may take."""
+        return self.bits is None and self.mix is None
 
 
 @dataclass(frozen=True)
@@ -168,16 +175,22 @@ def expert_budget(config: ModelConfig, settings: Settings, in_memory: int) -> in
     if settings.bits is not None:
         return int(settings.bits * config.routed_params / 8)
     ram = settings.ram or total_ram()
-    taken = RESERVE
-    if choose_device(None).type == "cpu":
-        taken += in_memory + min(settings.ctx, config.max_position_embeddings) * config.kv_bytes_per_token()
+    cache = kv_room(config, settings)
+    taken = RESERVE + (in_memory + cache if cache else 0)
     if ram <= taken:
         raise DoesNotFit(
             f"{ram / GB:,.1f} GB of memory leave nothing for experts: {taken / GB:,.1f} GB go to the system, the "
-            f"resident weights and the KV cache of {settings.ctx:,} tokens.",
-            "Try --resident int8, a smaller --ctx, or --bits to ignore the memory.",
+            f"resident weights and the KV cache of {settings.ctx:,} tokens in {settings.kv}.",
+            "Try --resident int8, --kv fp8, a smaller --ctx, or --bits to ignore the memory.",
         )
     return ram - taken
+
+
+def kv_room(config: ModelConfig, settings: Settings) -> int:
+    """Bytes of RAM that experts leave to the KV cache; 0 where memory does not decide, or a card holds the cache."""
+    if not settings.by_memory or choose_device(None).type != "cpu":
+        return 0
+    return kv_bytes(config, min(settings.ctx, config.max_position_embeddings), settings.kv)
 
 
 def ladder_costs(config: ModelConfig) -> allocation.Costs:

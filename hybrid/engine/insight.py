@@ -49,6 +49,21 @@ class Insight:
             places[cache.held()] = ON_CARD
         return places[self.layers]
 
+    def report(self) -> dict[str, Any]:
+        """Use of the routed experts since loading: `layers`, `counts` int64 [layers, experts] as lists, `tier`
+        and `cache`.
+
+        `tier` is None where no expert is on a drive alone, and `cache` where none are on a card; else `TierCounters`
+        and `CacheCounters`, each with its `hit_rate`, `slots` and `slot_bytes`.
+        """
+        tier, cache = self._tier, self._engine.model.cache
+        return {
+            "layers": self.layers,
+            "counts": self.counts().tolist(),
+            "tier": None if tier is None else tier.counters.report(tier.slots.count, tier.slot_bytes),
+            "cache": None if cache is None else cache.counters.report(cache.count, cache.slot_bytes),
+        }
+
     # -- memory -----------------------------------------------------------------------------------------------------
     def pages(self) -> dict[str, int]:
         """Pages of the KV cache, how many of them are free, and the tokens of one."""

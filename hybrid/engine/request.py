@@ -17,10 +17,6 @@ class Cancelled(Exception):
     """Raised between layers to abandon a step whose requests were all cancelled; the cache stays as it was."""
 
 
-class Full(KimiError):
-    """As many requests are waiting as may; later there is room again."""
-
-
 class Closed(KimiError):
     """Nothing is computed any more: the model was closed, or an error has ended the engine."""
 

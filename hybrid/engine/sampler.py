@@ -2,14 +2,17 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybrid.errors import KimiError, UsageError
 
+# Thinking and instant, for K2.5.
+RECOMMENDED = {True: {"temperature": 1.0, "top_p": 0.95}, False: {"temperature": 0.6, "top_p": 0.95}}
 LIKELY = 1024  # candidates looked at before a full sort: enough for nearly every step
 
 
@@ -48,6 +51,16 @@ class SamplingParams:
         for name, (valid, meaning) in checks.items():
             if not valid:
                 raise UsageError(f"{name} is {getattr(self, name)}.", f"It must be {meaning}.")
+
+
+def recommended(thinking: bool, generation: Mapping[str, Any], stop_ids: frozenset[int]) -> SamplingParams:
+    """As the checkpoint's generation_config says, else as Moonshot recommends for the mode."""
+    values: dict[str, Any] = dict(RECOMMENDED[thinking])
+    known = ("temperature", "top_p", "top_k", "min_p")
+    values |= {key: generation[key] for key in known if generation.get(key) is not None}
+    if generation.get("do_sample") is False:
+        values["temperature"] = 0.0
+    return SamplingParams(**values, stop_ids=stop_ids)
 
 
 def require_finite(logits: Tensor) -> None:

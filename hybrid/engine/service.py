@@ -12,7 +12,7 @@ import numba
 import torch
 
 from hybrid.engine.engine import Engine
-from hybrid.engine.request import Closed, Full, Request
+from hybrid.engine.request import Closed, Request
 from hybrid.engine.sequence import Sequence
 
 Item = int | Exception | None  # an id; or the end, with or without an error
@@ -65,14 +65,13 @@ class _Line:
 
 
 class Service:
-    """An engine that any number of threads may ask at once."""
+    """An engine that any number of threads may ask at once. How many may wait is for whoever lets them in to say."""
 
-    def __init__(self, engine: Engine, *, batch: int, queue: int) -> None:
-        """Up to `batch` requests are computed together and `queue` wait. Until `close` nobody else uses the engine."""
+    def __init__(self, engine: Engine, *, batch: int) -> None:
+        """Up to `batch` requests are computed together, others wait. Until `close` nobody else uses the engine."""
         self.model = engine.model
         self._engine = engine
         self._scheduler = engine.scheduler(batch)
-        self._most = batch + queue
         self._changed = threading.Condition()  # guards what follows
         self._lines: list[_Line] = []
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -92,17 +91,12 @@ class Service:
         return max(0, len(self._lines) - self.running)
 
     def stream(self, request: Request) -> Answer:
-        """The new ids of `request`, as `Engine.stream`; it is under way at once, however slowly it is listened to.
-
-        Raises Full when too many are waiting already.
-        """
+        """The new ids of `request`, as `Engine.stream`; it is under way at once, however slowly it is listened to."""
         request.require_room(self._engine.ctx)
         request.require_known(self.model.config.vocab_size)
         line = _Line(request, told=len(request.prompt))
         with self._changed:
             self.require_open()
-            if len(self._lines) >= self._most:
-                raise Full(f"{self._most:,} requests are under way or waiting.", "Try again later.")
             self._lines.append(line)
             self._changed.notify()
         return Answer(request, line.items)

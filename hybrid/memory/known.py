@@ -3,16 +3,20 @@ a plan is asked of them."""
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from hybrid.config import ModelConfig
 from hybrid.errors import CheckpointError
 from hybrid.memory.hardware import Hardware
-from hybrid.memory.parts import Mix
+from hybrid.memory.parts import Mix, Resident
 from hybrid.memory.place import Options
 
 if TYPE_CHECKING:
+    from hybrid.checkpoint import Checkpoint
     from hybrid.checkpoint.manifest import Manifest
 
 BUILT_IN = Path(__file__).parent / "models"
@@ -20,13 +24,16 @@ REPOS = {"k2.5": "moonshotai/Kimi-K2.5", "k2-thinking": "moonshotai/Kimi-K2-Thin
 
 
 class Known(NamedTuple):
-    """A model as a plan sees it. A pack brings the formats of its experts and what its resident weights are kept in."""
+    """A model as a plan sees it. A pack brings the formats of its experts; any whose weights are here may keep resident
+    ones as codes, and have counts of how its experts were chosen."""
 
     directory: str  # as commands name it
     config: ModelConfig
     repo: str = ""  # where a model that is only a name can be fetched
     stored: Mix | None = None
     stored_resident: str = "bf16"
+    stored_weights: Resident | None = None  # what they take, where some are kept as codes
+    counts: np.ndarray | None = None  # int64 [layers, experts] of all recorded runs
 
 
 def known(model: str) -> Known:
@@ -44,7 +51,9 @@ def known(model: str) -> Known:
     if path.is_dir() and (path / "manifest.json").is_file():
         return _pack(path)
     directory, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)
-    return Known(str(directory), ModelConfig.from_dict(_read(file)))
+    found = Known(str(directory), ModelConfig.from_dict(_read(file)))
+    has_weights = file.name == "config.json" and any(directory.glob("*.safetensors"))
+    return (has_weights and _opened(directory)) or found
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -61,16 +70,44 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _pack(path: Path) -> Known:
+    from hybrid.checkpoint.names import normalise
     from hybrid.checkpoint.pack_check import scan_pack
 
     scan = scan_pack(path)
-    return known_pack(path, scan.config, scan.manifest)
+    names = {normalise(name) or "" for record in scan.manifest.residents for name in record.crc32}
+    return _opened(path) or _known(path, scan.config, names, scan.manifest)
 
 
-def known_pack(path: Path, config: ModelConfig, manifest: "Manifest") -> Known:
-    """A pack whose manifest is read already."""
-    counts = Counter((gate_up, down) for layer in manifest.layers.values() for gate_up, down in layer.formats)
-    return Known(str(path), config, "", Mix(dict(counts)), str(manifest.made_with.get("resident", "bf16")))
+def _opened(path: Path) -> Known | None:
+    """What the weights in a directory say too; None if they cannot be opened, which a plan does not ask for."""
+    from hybrid.checkpoint import open_checkpoint
+    from hybrid.memory.router_stats import read_counts, stats_file
+
+    try:
+        with open_checkpoint(path) as checkpoint:
+            found = of_checkpoint(checkpoint)
+            counts = read_counts(stats_file(checkpoint), found.config)
+    except CheckpointError:
+        return None
+    return found._replace(counts=counts)
+
+
+def of_checkpoint(checkpoint: "Checkpoint") -> Known:
+    """A model that is open already; what was recorded of it is not looked for."""
+    from hybrid.checkpoint import Pack
+
+    manifest = checkpoint.manifest if isinstance(checkpoint, Pack) else None
+    return _known(checkpoint.path, checkpoint.config, set(checkpoint.names()), manifest)
+
+
+def _known(path: Path, config: ModelConfig, names: Collection[str], manifest: "Manifest | None") -> Known:
+    from hybrid.memory.stored import as_stored
+
+    kind, weights = as_stored(config, names) or ("bf16", None)
+    if manifest is None:
+        return Known(str(path), config, stored_resident=kind, stored_weights=weights)
+    formats = Counter((gate_up, down) for layer in manifest.layers.values() for gate_up, down in layer.formats)
+    return Known(str(path), config, "", Mix(dict(formats)), kind, weights)
 
 
 STORED = "stored"  # instead of a format of experts: that which the model has
@@ -99,6 +136,8 @@ def options_for(
         experts=experts,
         stored=found.stored if experts == "auto" else None,
         stored_resident=found.stored_resident,
+        stored_weights=found.stored_weights,
+        counts=found.counts,
         running=running,
         **asked,
     )

@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
+
 from hybrid.config import ModelConfig
 from hybrid.memory import parts
 from hybrid.memory.hardware import Hardware
-from hybrid.memory.parts import Mix
+from hybrid.memory.parts import Mix, Resident
 
 CHUNKS = (8192, 4096, 2048, 1024, 512, 256, 128)  # tokens of a prefill chunk on a card, the best first
 MIRRORED, EXCLUSIVE, NVME = "mirrored", "exclusive", "nvme"
@@ -34,7 +36,20 @@ class Options:
     gpu_experts: int | None = None  # the most that go to the card; None: what there is room for
     running: bool = False  # the program is up: what it has taken itself is `reserve`d already
     stored: Mix | None = None  # a pack's experts, which decide `experts`
-    stored_resident: str = "bf16"  # what a pack holds
+    stored_resident: str = "bf16"  # what most of the model's resident weights are kept in
+    stored_weights: Resident | None = None  # what they take, if some are kept as codes
+    # How often each expert was chosen, int64 [layers, experts]: it moves predictions and no byte.
+    counts: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether resident weights are what the model's files hold."""
+        return self.resident == "auto" and (self.stored is not None or self.stored_weights is not None)
+
+    def weights(self, config: ModelConfig, choice: str) -> Resident:
+        """Bytes of the resident weights if they are kept as `choice`."""
+        own = self.stored_weights if self.as_stored else None
+        return own or parts.resident(config, choice)
 
 
 class Area(NamedTuple):
@@ -59,6 +74,7 @@ class Placement:
     mix: Mix
     on_gpu: bool  # resident weights, KV cache, prefill
     resident: str
+    weights: Resident
     tier: str  # MIRRORED, EXCLUSIVE or NVME
     vram: Area
     ram: Area
@@ -106,19 +122,21 @@ def place(config: ModelConfig, hardware: Hardware, options: Options, mix: Mix) -
     notes = ("The card does not hold the resident weights and the KV cache; it is not used.",) if hardware.gpus else ()
     choice = next(_residents(options, mix, on_gpu=False))
     chunk = min(parts.CPU_CHUNK, options.ctx)
-    fixed = _host_parts(config, hardware, options, choice) | parts.resident(config, choice).parts(config)
+    weights = options.weights(config, choice)
+    fixed = _host_parts(config, hardware, options, weights) | weights.parts(config)
     fixed |= {"KV cache": parts.kv_bytes(config, options.ctx, options.batch, options.kv)}
     fixed |= parts.decoded_bytes(config, options.ctx, options.kv, choice, on_gpu=False)
     fixed |= {"prefill activations": parts.cpu_prefill_bytes(config, chunk)}
     unused = Area(hardware.gpus[0].memory_total if hardware.gpus else 0, {})
     return _in_ram(config, options, Placement(
-        mix, False, choice, MIRRORED, unused, Area(hardware.ram_total, fixed), Area(0, {}), 0, 0, chunk, notes=notes
+        mix, False, choice, weights, MIRRORED, unused, Area(hardware.ram_total, fixed), Area(0, {}), 0, 0, chunk,
+        notes=notes,
     ))  # fmt: skip
 
 
 def _residents(options: Options, mix: Mix, *, on_gpu: bool) -> Iterator[str]:
     """Choices of resident weights in the order they are tried."""
-    if options.stored is not None and options.resident == "auto":
+    if options.as_stored:
         yield options.stored_resident
     elif options.resident != "auto":
         yield options.resident
@@ -130,7 +148,7 @@ def _residents(options: Options, mix: Mix, *, on_gpu: bool) -> Iterator[str]:
 
 
 def _card_parts(config: ModelConfig, hardware: Hardware, options: Options, choice: str) -> dict[str, int]:
-    resident, size = parts.resident(config, choice), hardware.gpus[0].memory_total
+    resident, size = options.weights(config, choice), hardware.gpus[0].memory_total
     tied = {"head": resident.embedding} if config.tie_word_embeddings else {}
     return {
         "CUDA context": parts.CUDA_CONTEXT,
@@ -151,12 +169,12 @@ def _chunk(config: ModelConfig, options: Options, largest: int, left: int) -> in
     return roomy[0] if roomy else next((chunk for chunk, need in reversed(needs) if need <= left), 0)
 
 
-def _host_parts(config: ModelConfig, hardware: Hardware, options: Options, choice: str) -> dict[str, int]:
+def _host_parts(config: ModelConfig, hardware: Hardware, options: Options, weights: Resident) -> dict[str, int]:
     program = {} if options.running else {"program": parts.PROGRAM}
     return {
         "system": system_bytes(hardware, options),
         **program,
-        "embedding": parts.resident(config, choice).embedding,
+        "embedding": weights.embedding,
         "workspace": parts.decode_bytes(config, options.batch),
     }
 
@@ -175,11 +193,12 @@ def _on_gpu(
     slots = slots if options.gpu_experts is None else min(slots, options.gpu_experts)
     vram = Area(size, card | ({"expert slots": slots * largest} if slots else {}))
     staging = 2 * min(parts.STAGED_EXPERTS, config.n_routed_experts) * largest
-    fixed = _host_parts(config, hardware, options, choice)
+    weights = options.weights(config, choice)
+    fixed = _host_parts(config, hardware, options, weights)
     fixed |= {} if options.running else {"CUDA in the process": parts.CUDA_IN_RAM}
     fixed |= {"pinned staging": staging} if staging else {}
     return _in_ram(config, options, Placement(
-        mix, True, choice, MIRRORED, vram, Area(hardware.ram_total, fixed), Area(0, {}), slots, 0, chunk
+        mix, True, choice, weights, MIRRORED, vram, Area(hardware.ram_total, fixed), Area(0, {}), slots, 0, chunk
     ))  # fmt: skip
 
 

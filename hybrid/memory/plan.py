@@ -74,6 +74,11 @@ class MemoryPlan:
     def experts_bytes(self) -> int:
         return self.placement.mix.bytes(self.config)
 
+    @property
+    def routing(self) -> str:
+        """What predictions take for the popularity of experts: "recorded" in earlier runs, or "assumed"."""
+        return "recorded" if self.options.counts is not None and self.options.counts.any() else "assumed"
+
     def as_dict(self) -> dict[str, Any]:
         """The JSON form; sizes in bytes, speeds in tokens per second, times in seconds."""
         placement = self.placement
@@ -93,6 +98,7 @@ class MemoryPlan:
             "ram": _area(placement.ram),
             "nvme": _area(placement.nvme),
             "predicted": _predicted(self.predicted),
+            "routing": self.routing,
             "resident": placement.resident,
             "kv": self.options.kv,
             "ctx": self.options.ctx,
@@ -219,9 +225,11 @@ def _variants(plan: MemoryPlan) -> Iterator[Options]:
     smaller = options.kv if options.kv in REDUCED else "fp8"
     yield from (replace(options, kv=smaller), replace(options, experts=auto), replace(options, nvme=True))
     yield from (replace(options, ctx=ctx) for ctx in shorter)
-    yield from (replace(options, resident=choice) for choice in ("int8", "int4"))
+    coarser = () if options.as_stored else ("int8", "int4")  # codes are not coded anew
+    yield from (replace(options, resident=choice) for choice in coarser)
     least = replace(options, ctx=min(options.ctx, SHORTEST_CTX), batch=1, kv=smaller, experts=auto, nvme=True)
-    yield from (replace(least, ctx=options.ctx), least, replace(least, resident="int4"))
+    yield from (replace(least, ctx=options.ctx), least)
+    yield from (replace(least, resident=choice) for choice in coarser[-1:])
 
 
 def _distinct(others: Iterable[Other | None]) -> tuple[Other, ...]:
@@ -275,10 +283,11 @@ def commands(plan: MemoryPlan, model: str) -> list[str]:
     A plan that fills RAM is held to its numbers: what is free when the model is loaded may be another amount.
     """
     placement, lines, run = plan.placement, [], shlex.quote(model)
-    as_released = placement.mix == parts.native(plan.config) and placement.resident == "bf16" and placement.tier != NVME
+    resident = "bf16" if plan.options.as_stored else placement.resident  # to quantize, bf16 is as it is stored
+    as_released = placement.mix == parts.native(plan.config) and resident == "bf16" and placement.tier != NVME
     if plan.options.stored is None and not as_released:
         pack = shlex.quote(f"{model}-pack")
-        lines.append(f"kimi-local quantize {run} {pack} {_formats(plan)} --resident {placement.resident}")
+        lines.append(f"kimi-local quantize {run} {pack} {_formats(plan)} --resident {resident}")
         run = pack
     numbers = "" if placement.tier == MIRRORED else f" --ram-budget {max(1, placement.expert_bytes)}"
     if placement.exclusive or plan.options.gpu_experts is not None:

@@ -7,7 +7,8 @@
     NVMe        experts that are not in RAM
 
 A prediction's range runs from FLAT routing, a full context and speeds at the lower end of what is known of them to
-SKEWED routing, a short context and the upper end. Uploads that refill slots are few and not counted.
+SKEWED routing, a short context and the upper end. Where it was counted how often the model chose each expert, that
+takes the place of what the skews say of popularity. Uploads that refill slots are few and not counted.
 """
 
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from hybrid.memory.simulate import (
     Uses,
     distinct_experts,
     expected_uses,
+    recorded_uses,
     simulate,
 )
 
@@ -146,7 +148,7 @@ def _figure(limit: str, value: float, low: float, high: float) -> Figure:
 def decode(work: Work, skew: Skew, past: int) -> Timeline:
     """One token for each sequence, with `past` tokens before it: the mean of a few steps."""
     config, tasks = work.config, list[Task]()
-    resident, used = parts.resident(config, work.placement.resident), uses(work, skew)
+    resident, used = work.placement.weights, uses(work, skew)
     for step in range(DECODE_STEPS):
         for layer in range(config.num_hidden_layers):
             sample = (step * 37 + layer) % len(used.ram)
@@ -160,23 +162,32 @@ def decode(work: Work, skew: Skew, past: int) -> Timeline:
 
 def uses(work: Work, skew: Skew) -> Uses:
     """Samples of how many distinct experts of a layer one step needs, by where they are."""
-    config, placement, batch = work.config, work.placement, work.options.batch
+    config, counts, k = work.config, work.options.counts, work.config.num_experts_per_tok
     if not config.num_experts:
         return expected_uses(1, 1, 0.0, 1.0, FLAT)
-    everywhere = placement.tier != NVME
+    if counts is None or not counts.any():
+        found = _guessed(work, skew)
+    else:
+        slots = work.placement.vram_slots, work.placement.ram_slots
+        found = recorded_uses(counts[list(config.moe_layers)], k, *slots, skew.persistence)
+    wider = distinct_experts(config.n_routed_experts, k, work.options.batch) / k
+    return Uses(*(where * wider for where in found))
+
+
+def _guessed(work: Work, skew: Skew) -> Uses:
+    """Of a model whose routing was never recorded."""
+    config, placement = work.config, work.placement
     vram, ram = placement.vram_slots / config.num_experts, placement.ram_slots / config.num_experts
     if placement.tier == EXCLUSIVE:
         skew = skew._replace(persistence=0.0)  # who stays on the card profits from being popular alone
     # Shares rounded, so that neighbouring plans share one simulation.
-    found = expected_uses(
+    return expected_uses(
         config.n_routed_experts,
         config.num_experts_per_tok,
         round(vram, 3),
-        2.0 if everywhere else round(ram, 2),
+        round(ram, 2) if placement.tier == NVME else 2.0,
         skew,
     )
-    wider = distinct_experts(config.n_routed_experts, config.num_experts_per_tok, batch) / config.num_experts_per_tok
-    return Uses(*(counts * wider for counts in found))
 
 
 def _layer(work: Work, tasks: list[Task], layer: int, resident: parts.Resident, used: Uses, past: int) -> None:
@@ -218,7 +229,7 @@ def prefill(work: Work, tokens: int) -> Timeline:
 
 def _chunk_tasks(work: Work, tokens: int, *, streamed: bool) -> list[Task]:
     config, tasks = work.config, list[Task]()
-    resident = parts.resident(config, work.placement.resident)
+    resident = work.placement.weights
     meetings: list[int] = []
     for layer in range(config.num_hidden_layers):
         before = tuple(meetings[-1:])
@@ -267,8 +278,7 @@ def _chunk_resident(work: Work, part: tuple[int, int], tokens: int, past: float 
 # -- loading ----------------------------------------------------------------------------------------------------------
 def load(work: Work) -> Timeline:
     """From the command to the first question: reading what RAM and card hold at the drive's speed."""
-    config, placement, rates = work.config, work.placement, work.rates
-    resident = parts.resident(config, placement.resident)
+    config, placement, rates, resident = work.config, work.placement, work.rates, work.placement.weights
     always = sum(resident.parts(config).values()) + resident.embedding
     read = placement.ram_slots * work.expert_bytes
     if placement.exclusive:

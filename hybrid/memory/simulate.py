@@ -4,8 +4,9 @@ A `Task` says how long it keeps each resource busy (several at once: a CPU kerne
 tasks must be done before it. Resources serve tasks in the order they are listed. What one task needs of several
 resources flows at the same time, so the task ends when the slowest of them is through with it.
 
-A trace is int64 [steps, layers, k]: the experts each layer chose, distinct within a layer. Where none was recorded
-there are synthetic ones: popularity like Zipf's, in an order of each layer's own, and persistence from token to token.
+A trace is int64 [steps, layers, k]: the experts each layer chose, distinct within a layer. Where nothing is known of a
+model's routing there are synthetic ones: popularity like Zipf's, in an order of each layer's own, and persistence from
+token to token. Where earlier runs counted how often each expert was chosen, `recorded_uses` goes by that.
 No trace of K2.5 has been published; the three skews are assumptions that span what is known of other models:
 
     FLAT      9 % of hits with 3 % of the experts cached: near what perfectly balanced routing would give
@@ -149,6 +150,22 @@ def expected_uses(
             counts.append((k - missed.size, missed.size - read, read))
     kept = np.array(counts[int(WARM * len(counts)) :], np.float64)
     return Uses(kept[:, 0], kept[:, 1], kept[:, 2])
+
+
+def recorded_uses(counts: np.ndarray, k: int, vram_slots: int, ram_slots: int, persistence: float) -> Uses:
+    """As `expected_uses`, one sample per layer, if experts are chosen as `counts` [layers, experts] say they were.
+
+    The hottest experts of all layers are on the card and the next ones in RAM, which is how both are filled. Of those
+    that are on the drive the share `persistence` was read for the token before. What a cache that adapts gains
+    beyond that is not counted. An expert has been used once more than was counted: few counts say little.
+    """
+    layers, experts = counts.shape
+    chosen = k * (counts + 1) / (counts + 1).sum(axis=1, keepdims=True)
+    rank = np.empty((layers, experts), np.int64)
+    rank.flat[np.argsort(-counts.reshape(-1), kind="stable")] = np.arange(counts.size)
+    vram, rest = (np.where(here, chosen, 0).sum(axis=1) for here in (rank < vram_slots, rank >= vram_slots + ram_slots))
+    read = (1 - persistence) * rest
+    return Uses(vram, k - vram - read, read)
 
 
 def distinct_experts(experts: int, k: int, tokens: int) -> float:

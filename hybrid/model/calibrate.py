@@ -16,6 +16,7 @@ from hybrid.checkpoint.calibration import (
     fingerprint,
     keeps_full_hessians,
 )
+from hybrid.checkpoint.durable import explained
 from hybrid.config import ModelConfig
 from hybrid.errors import DoesNotFit, UsageError
 from hybrid.memory.hardware import disk_free
@@ -84,24 +85,34 @@ def calibrate(
 
     `texts` are (name, sha256) of the files the windows were taken from. A run that was stopped is continued behind its
     last finished layer and gives the same bytes. Raises UsageError if the directory holds anything else, DoesNotFit if
-    disk or memory are too small.
+    disk or memory are too small; should the disk fill up meanwhile, what is finished stays.
     """
     config = checkpoint.config
     if not config.num_moe_layers:
         raise UsageError(f"{checkpoint.path} has no routed experts to calibrate.", "Name a mixture-of-experts model.")
     _require_disk(config, len(windows) * len(windows[0]), directory)
-    writer = CalibrationWriter(directory, _manifest(checkpoint, windows, texts))
-    if writer.is_complete:
+    with explained(directory):
+        writer = CalibrationWriter(directory, _manifest(checkpoint, windows, texts))
+        if not writer.is_complete:
+            _calibrate(checkpoint, windows, writer, threads, on_progress)
         return writer.finish()
+
+
+def _calibrate(
+    checkpoint: Checkpoint,
+    windows: Sequence[Sequence[int]],
+    writer: CalibrationWriter,
+    threads: int,
+    on_progress: OnProgress,
+) -> None:
     stream = Stream(checkpoint, on_cpu("float32", threads), windows)
     residual = writer.read_residual()
     if residual is not None:
         stream.resume(residual[0], torch.from_numpy(residual[1].copy()))
     while not stream.finished:
-        on_progress(Progress("calibrate", stream.done, config.num_hidden_layers, "layers"))
+        on_progress(Progress("calibrate", stream.done, stream.config.num_hidden_layers, "layers"))
         _calibrate_layer(stream, writer)
     on_progress(Progress("calibrate", stream.done, stream.done, "layers"))
-    return writer.finish()
 
 
 def _calibrate_layer(stream: Stream, writer: CalibrationWriter) -> None:

@@ -19,7 +19,7 @@ from hybrid.memory import parts
 from hybrid.memory.expert_cache import ExpertCache
 from hybrid.memory.expert_store import stored_experts
 from hybrid.memory.hardware import Hardware, probe
-from hybrid.memory.known import Known, known_pack, options_for
+from hybrid.memory.known import Known, of_checkpoint, options_for
 from hybrid.memory.kv_format import AUTO, kind_of
 from hybrid.memory.place import NVME, Options, Placement
 from hybrid.memory.plan import choose
@@ -66,7 +66,7 @@ def settle(
     is_pack = isinstance(checkpoint, Pack) and not residence.exact
     if ram_budget is not None and not is_pack:
         raise UsageError("Only packs, with int8 activations, run with a RAM budget.", "Make one: kimi-local quantize.")
-    found, hardware = _known(checkpoint), machine(residence)
+    found, hardware = of_checkpoint(checkpoint), machine(residence)
     mix = found.stored or parts.native(found.config)
     no_slots = residence.card is None or ("bf16", "bf16") in mix.counts  # which no kernel of ours multiplies
     options = options_for(
@@ -99,17 +99,11 @@ def machine(residence: Residence) -> Hardware:
     return replace(hardware, gpus=(card._replace(memory_total=room),))
 
 
-def _known(checkpoint: Checkpoint) -> Known:
-    if isinstance(checkpoint, Pack):
-        return known_pack(checkpoint.path, checkpoint.config, checkpoint.manifest)
-    return Known(str(checkpoint.path), checkpoint.config)
-
-
 def _kept_as(found: Known, residence: Residence) -> str:
-    """What resident weights are kept in; only our own kernels read packed ones."""
+    """What resident weights are kept in, as `Options` says it; only our own kernels read codes."""
     if residence.dtype == torch.float32:
         return "fp32"
-    return found.stored_resident if _ours(residence) else "bf16"
+    return "auto" if found.stored_weights is not None and _ours(residence) else "bf16"
 
 
 def _ours(residence: Residence) -> bool:
@@ -156,7 +150,8 @@ def furnish(checkpoint: Checkpoint, residence: Residence, placement: Placement, 
         return replace(residence, pinned=pinned)
     assert isinstance(checkpoint, Pack)
     keys = [] if pinned is None else np.flatnonzero(pinned).tolist()
-    return replace(residence, pinned=pinned, tier=NvmeTier(checkpoint, placement.expert_bytes, pinned=keys))
+    tier = NvmeTier(checkpoint, placement.expert_bytes, pinned=keys, many=residence.many)
+    return replace(residence, pinned=pinned, tier=tier)
 
 
 def fill_card(

@@ -13,6 +13,7 @@ from hybrid.memory.expert_cache import ExpertCache
 from hybrid.memory.expert_store import Stored, load_experts
 from hybrid.memory.kv_cache import KVCache
 from hybrid.memory.kv_format import AUTO
+from hybrid.memory.many import ManyTokens
 from hybrid.memory.router_stats import RouterStats
 from hybrid.memory.tiers import NvmeTier
 from hybrid.model.attention import Attention
@@ -55,6 +56,7 @@ class Residence:
     card: Card | None = None  # `device`, if our own kernels run there
     tier: NvmeTier | None = None  # of the checkpoint's routed experts, where RAM will not hold them all
     pinned: np.ndarray | None = None  # bool [layers, experts]: those that the card is to have and RAM is not
+    many: ManyTokens | None = None  # multiplies routed experts on the host where a chunk has many tokens for them
     kv: str = AUTO  # how rows of the KV cache are kept: a member of KINDS, or as they are computed
 
     def make_kv(self, config: ModelConfig, tokens: int) -> KVCache:
@@ -85,6 +87,7 @@ def _load_moe(weights: Weights, residence: Residence, layer: int, stats: RouterS
         threads=residence.threads,
         tier=residence.tier,
         pinned=None if residence.pinned is None else residence.pinned[layer],
+        many=residence.many,
     )
     shared = GatedMLP.load(weights, f"{prefix}.shared_experts") if config.n_shared_experts else None
     return MoE(layer, Router.load(config, weights, f"{prefix}.gate"), experts, shared, stats)

@@ -131,7 +131,8 @@ class Routes:
             raise Refusal(400, f"At most {self.desk.room} prompts at once are answered here.", param="prompt")
         likelihoods = await asyncio.to_thread(completions.echoed_logprobs, self.kimi, body, asked)
         form = completions.TextForm(self.kimi, body, asked)
-        jobs, replies = await self._begin_all([completions.start_completion(self.kimi, body, ids) for ids in asked])
+        starts = [completions.start_completion(self.kimi, body, ids) for ids in asked]
+        jobs, replies = await self._begin_all(starts, "prompt")
         if body.stream:
             return EventStream(jobs[0], form.stream(jobs[0], replies[0], self.settings.keep_alive_s))
         return await self._whole(request, jobs, form.whole(jobs, replies, likelihoods))
@@ -139,7 +140,8 @@ class Routes:
     async def respond(self, request: Request, body: responses.ResponseRequest) -> Any:
         """The next turn of a conversation, as OpenAI's newer API has it, whole or streamed; nothing is kept."""
         turn = responses.to_turn(self.kimi, body)
-        job, reply = await self._begin(chat.start_turn(self.kimi, self.grammars, turn, call_pieces=bool(body.stream)))
+        start = chat.start_turn(self.kimi, self.grammars, turn, call_pieces=bool(body.stream))
+        job, reply = await self._begin(start, "input")
         form = responses.ItemForm(self.kimi, body, reply)
         if body.stream:
             return EventStream(job, form.stream(job, self.settings.keep_alive_s))
@@ -175,12 +177,12 @@ class Routes:
         """Special tokens, chat template and context."""
         return json_response(tokens.tokenizer_info(self.kimi))
 
-    async def _begin(self, start: StartReply) -> tuple[Job, Reply]:
-        """A job and its reply. Raises Refusal, also for a prompt that the context does not hold."""
-        jobs, replies = await self._begin_all([start])
+    async def _begin(self, start: StartReply, prompt: str = "messages") -> tuple[Job, Reply]:
+        """A job and its reply. Raises Refusal, also if what the field `prompt` says is more than the context holds."""
+        jobs, replies = await self._begin_all([start], prompt)
         return jobs[0], replies[0]
 
-    async def _begin_all(self, starts: Sequence[StartReply]) -> tuple[list[Job], list[Reply]]:
+    async def _begin_all(self, starts: Sequence[StartReply], prompt: str) -> tuple[list[Job], list[Reply]]:
         """The same for several, all of them or none."""
         jobs: list[Job] = []
         try:
@@ -192,7 +194,7 @@ class Routes:
                 job.stop()
             if isinstance(error, Refusal):
                 raise
-            raise bad_request(error) from error
+            raise bad_request(error, prompt) from error
 
     async def _whole(self, request: Request, jobs: Sequence[Job], work: Any) -> Response:
         """The finished answer; to a client that has left, nothing."""

@@ -7,33 +7,19 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hybrid.chat.bodies import ChatBody
 from hybrid.chat.message import CallPiece, Message, Part, Text, Think, ToolCall
-from hybrid.chat.wishes import ChatWishes
 from hybrid.errors import KimiError
 from hybrid.grammar import Grammars
 from hybrid.kimi import Kimi
 from hybrid.likelihood import chat_logprobs
 from hybrid.progress import OnProgress
 from hybrid.reply import Reply
-from hybrid.serve.asked import Asked, Turn, effective_thinking, params, to_messages
+from hybrid.serve.asked import Asked, Turn, effective_thinking, params
 from hybrid.serve.figures import finish_reason, timings, usage
 from hybrid.serve.job import Event, Job, Prefill
 from hybrid.serve.openai_shapes import Answer, ChatCompletion
 from hybrid.serve.refusal import envelope, failure, to_json
-
-
-class ChatMessage(BaseModel):
-    """`content` may be a list of text parts; `reasoning_content` (also `reasoning`) is what was thought before it."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    role: str
-    content: str | list[dict[str, Any]] | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-    name: str | None = None
 
 
 class StreamOptions(BaseModel):
@@ -42,16 +28,15 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ChatRequest(ChatWishes, Asked):
-    messages: list[ChatMessage]
+class ChatRequest(ChatBody, Asked):
     stream_options: StreamOptions | None = None
     return_progress: bool = Field(False, description="While streaming, tell how much of the prompt is read.")
 
 
 def to_turn(kimi: Kimi, body: ChatRequest) -> Turn:
-    """Raises Refusal and BadField for what is not there, each by its name."""
+    """Raises BadField for what is not there, each by its name."""
     thinking = effective_thinking(kimi, body.reasoning())
-    messages = to_messages([message.model_dump() for message in body.messages])
+    messages = body.said()
     tools, grammar = body.form()
     sampling = params(kimi, body, thinking)
     return Turn(messages, sampling, tools, thinking, body.budget(), grammar, body.store is not False)

@@ -6,8 +6,9 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from hybrid.chat.bodies import TextBody, prompt_ids
 from hybrid.chat.message import Text
-from hybrid.chat.wishes import Positive, TextWishes
+from hybrid.chat.wishes import Positive
 from hybrid.engine.request import TokenLogprobs, token_logprobs
 from hybrid.errors import KimiError
 from hybrid.kimi import Kimi
@@ -18,49 +19,28 @@ from hybrid.serve.chat import StreamOptions
 from hybrid.serve.figures import finish_reason, timings, usage
 from hybrid.serve.job import Job
 from hybrid.serve.openai_shapes import Completion, TextChoice, TextLogprobs, Usage
-from hybrid.serve.refusal import Refusal, envelope, failure, to_json, unsupported
-from hybrid.serve.tokens import TokenId, require_known
+from hybrid.serve.refusal import envelope, failure, to_json, unsupported
 
 DEFAULT_TOKENS = 16  # OpenAI's
 ECHOED_TOKENS = 4096  # each has a score for every id of the vocabulary: 0.6 MB for Kimi K2.5's
-Prompt = str | list[str] | list[TokenId] | list[list[TokenId]]
 
 
-class CompletionRequest(TextWishes, Asked):
-    """`prompt`: text, in which names of control tokens are ordinary text, or ids, or a list of either."""
-
-    prompt: Prompt
+class CompletionRequest(TextBody, Asked):
     max_tokens: Positive | None = DEFAULT_TOKENS
     echo: bool | None = False
     stream_options: StreamOptions | None = None
 
 
 def prompts(kimi: Kimi, body: CompletionRequest) -> list[list[int]]:
-    """The ids of each prompt. Raises Refusal for what is not there, each by its name."""
+    """The ids of each prompt. Raises Refusal and BadField for what is not there, each by its name."""
     if body.stream and body.logprobs is not None:
         raise unsupported("logprobs", "Likelihoods are told in whole answers only.")
-    found = [_ids(kimi, prompt) for prompt in _several(body.prompt)]
-    if not found or not all(found):
-        raise Refusal(400, "There is an empty prompt, which nothing can follow.", param="prompt")
+    found = [prompt_ids(kimi.tokenizer, prompt, kimi.config.vocab_size) for prompt in body.prompts()]
     if body.stream and len(found) > 1:
         raise unsupported("stream", "Several prompts are answered whole. Stream one at a time.")
     if body.echo and body.logprobs is not None and max(map(len, found)) > ECHOED_TOKENS:
         raise unsupported("logprobs", f"Likelihoods of prompts are told up to {ECHOED_TOKENS:,} tokens.")
     return found
-
-
-def _several(prompt: Prompt) -> list[str | list[int]]:
-    if isinstance(prompt, str):
-        return [prompt]
-    ids = [item for item in prompt if isinstance(item, int)]
-    return [ids] if ids else [item for item in prompt if not isinstance(item, int)]
-
-
-def _ids(kimi: Kimi, prompt: str | list[int]) -> list[int]:
-    if isinstance(prompt, str):
-        return kimi.tokenizer.encode(prompt)
-    require_known(kimi, prompt, "prompt")
-    return prompt
 
 
 def start_completion(kimi: Kimi, body: CompletionRequest, prompt: list[int]) -> Callable[..., Reply]:

@@ -35,7 +35,10 @@ REMEMBERED = 64  # answers whose figures can be asked for, ended ones included
 
 
 class Desk:
-    """Takes at most `parallel` requests to work on and `queue` to wait; more are refused with 429."""
+    """Takes at most `parallel` requests to work on and `queue` to wait; more are refused with 429.
+
+    Nothing behind it counts again: whoever is let in waits as long as it takes.
+    """
 
     def __init__(self, kimi: Kimi, parallel: int, queue: int) -> None:
         self.kimi = kimi

@@ -8,13 +8,14 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict
 
+from hybrid.chat.bodies import read_messages, refuse_media
 from hybrid.chat.forms import held_to
 from hybrid.chat.message import CallPiece, Message, Text, Think, ToolCall
 from hybrid.chat.wishes import Positive, Sampled, ThinkingSwitch, stops
 from hybrid.errors import KimiError
 from hybrid.kimi import Kimi
 from hybrid.reply import Reply
-from hybrid.serve.asked import Asked, Turn, effective_thinking, params, refuse_media, to_messages
+from hybrid.serve.asked import Asked, Turn, effective_thinking, params
 from hybrid.serve.job import Event, Job
 from hybrid.serve.refusal import ANTHROPIC, Refusal, envelope, failure, to_json, unsupported
 from hybrid.stats import Stats
@@ -74,7 +75,7 @@ class TokenCount(TypedDict):
 
 
 def to_turn(kimi: Kimi, body: MessagesRequest) -> Turn:
-    """Raises Refusal for what is not there, each by its name."""
+    """Raises Refusal and BadField for what is not there, each by its name."""
     messages, tools, thinking = conversation(kimi, body)
     tools, grammar = held_to(tools, _choice(body), None)
     sampling = params(kimi, body, thinking, max_tokens=body.max_tokens, stop=stops(body.stop_sequences))
@@ -98,7 +99,7 @@ def conversation(kimi: Kimi, body: Conversation) -> tuple[Sequence[Message], lis
         turns += _turns(message, f"messages[{number}]")
     thinking = effective_thinking(kimi, body.thinking is not None and body.thinking.type != "disabled")
     tools = None if _choice(body) == "none" else [_tool(tool) for tool in body.tools or ()] or None
-    return to_messages(turns), tools, thinking
+    return read_messages(turns, "messages"), tools, thinking
 
 
 def _turns(message: BlockMessage, where: str) -> Iterable[dict[str, Any]]:

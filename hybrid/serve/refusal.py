@@ -8,7 +8,7 @@ from fastapi import Response
 from typing_extensions import TypedDict
 
 from hybrid.chat.forms import BadField
-from hybrid.engine.request import Closed, Full
+from hybrid.engine.request import Closed
 from hybrid.errors import ContextExceeded, KimiError, UsageError
 
 ANTHROPIC = "/v1/messages"
@@ -91,17 +91,16 @@ def to_json(body: Any) -> str:
     return json.dumps(body, separators=(",", ":"))
 
 
-def bad_request(error: KimiError) -> Refusal:
-    """The refusal of a request for which `error` was raised before anything was computed."""
-    if isinstance(error, Full):
-        return Refusal(429, str(error), code="queue_full", headers={"retry-after": "1"})
+def bad_request(error: KimiError, prompt: str = "messages") -> Refusal:
+    """The refusal of a request for which `error` was raised before anything was computed; `prompt` is the field that
+    says what is to be answered."""
     if isinstance(error, Closed):
         remedy = "The server must be started again; its log says why."
         return Refusal(503, f"{error.message} {remedy}", code="engine_closed")
     if isinstance(error, BadField):
         return Refusal(400, str(error), param=error.param, code=error.code)
     if isinstance(error, ContextExceeded):
-        return Refusal(400, str(error), param="messages", code="context_length_exceeded")
+        return Refusal(400, str(error), param=prompt, code="context_length_exceeded")
     return Refusal(400, str(error), code="invalid_value" if isinstance(error, UsageError) else None)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
+from hybrid.chat.bodies import read_messages, refuse_media
 from hybrid.chat.forms import answer_grammar, held_to
 from hybrid.chat.message import CallPiece, Message, Text, Think, ToolCall
 from hybrid.chat.switch import wanted_thinking
@@ -15,7 +16,7 @@ from hybrid.chat.wishes import Positive, Sampled
 from hybrid.errors import KimiError
 from hybrid.kimi import Kimi
 from hybrid.reply import Reply
-from hybrid.serve.asked import Asked, Turn, effective_thinking, params, refuse_media, to_messages
+from hybrid.serve.asked import Asked, Turn, effective_thinking, params
 from hybrid.serve.job import Event, Job
 from hybrid.serve.refusal import Refusal, failure, to_json, unsupported
 
@@ -69,7 +70,7 @@ class ItemAnswer(TypedDict):
 
 
 def to_turn(kimi: Kimi, body: ResponseRequest) -> Turn:
-    """Raises Refusal for what is not there, each by its name."""
+    """Raises Refusal and BadField for what is not there, each by its name."""
     for name in NEEDS_MEMORY:
         if getattr(body, name):
             raise unsupported(name, "Nothing is kept between requests: send the whole conversation as `input`.")
@@ -96,7 +97,7 @@ def _messages(body: ResponseRequest) -> list[Message]:
     items = [{"role": "user", "content": body.input}] if isinstance(body.input, str) else body.input
     for number, item in enumerate(items):
         _add(turns, item, f"input[{number}]")
-    return to_messages(turns)
+    return read_messages(turns, "input")  # of which several items may be one message
 
 
 def _add(turns: list[dict[str, Any]], item: Mapping[str, Any], where: str) -> None:

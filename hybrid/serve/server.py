@@ -42,7 +42,7 @@ class Server(uvicorn.Server):
     """`run` serves until `leave` is called, or a signal comes in the main thread: answers then end where they are."""
 
     def __init__(self, kimi: Kimi, settings: Settings, on_ready: Callable[[], None]) -> None:
-        kimi.share(batch=settings.parallel, queue=settings.parallel + settings.queue)  # the desk refuses before
+        kimi.share(batch=settings.parallel)
         self._desk = Desk(kimi, settings.parallel, settings.queue)
         self._on_ready = on_ready
         app = create_app(kimi, self._desk, settings)

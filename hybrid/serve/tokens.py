@@ -1,17 +1,15 @@
 """Text to ids and back, and what lies between: for programs that count tokens or send ids."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from typing_extensions import TypedDict
 
+from hybrid.chat.bodies import ChatMessage, TokenId, read_messages, require_ids
 from hybrid.errors import KimiError
 from hybrid.kimi import Kimi
-from hybrid.serve.asked import effective_thinking, to_messages
-from hybrid.serve.chat import ChatMessage
+from hybrid.serve.asked import effective_thinking
 from hybrid.serve.refusal import Refusal, bad_request
-
-TokenId = Annotated[int, Field(ge=0)]
 
 
 class TokenizeRequest(BaseModel):
@@ -70,7 +68,7 @@ def _ids(kimi: Kimi, body: TokenizeRequest) -> list[int]:
         if text is None:
             raise Refusal(400, "There is no text: send `prompt` or `messages`.", param="prompt")
         return kimi.tokenizer.encode(text)
-    messages = to_messages([message.model_dump() for message in body.messages])
+    messages = read_messages(message.model_dump() for message in body.messages)
     thinking = effective_thinking(kimi, body.thinking)
     try:
         return kimi.template.render_ids(messages, kimi.tokenizer, tools=body.tools, thinking=thinking)
@@ -79,16 +77,9 @@ def _ids(kimi: Kimi, body: TokenizeRequest) -> list[int]:
 
 
 def detokenize(kimi: Kimi, body: DetokenizeRequest) -> Detokenized:
-    require_known(kimi, body.tokens, "tokens")
+    require_ids(body.tokens, kimi.config.vocab_size, "tokens")
     text = kimi.tokenizer.decode(body.tokens, skip_special=False)
     return {"prompt": text, "content": text}
-
-
-def require_known(kimi: Kimi, ids: list[int], param: str) -> None:
-    """Raise Refusal for an id that the model does not know."""
-    size = kimi.config.vocab_size
-    if ids and max(ids) >= size:
-        raise Refusal(400, f"Token {max(ids)} does not exist: there are {size:,}.", param=param)
 
 
 def tokenizer_info(kimi: Kimi) -> TokenizerInfo:

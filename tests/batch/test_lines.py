@@ -70,9 +70,10 @@ def test_one_name_for_two_lines_is_refused_naming_both() -> None:
     ({"url": "/v1/embeddings", "body": {"input": "x"}}, "url", "unsupported_url"),
     ({"url": ["x"], "body": {}}, "url", "unsupported_url"),
     ({"messages": []}, "messages", "invalid_request"),
-    ({"messages": [3]}, "messages[0]", "invalid_request"),
-    ({"messages": [{"content": "x"}]}, "messages[0]", "invalid_request"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]", "unsupported_content"),
+    ({"messages": [3]}, "messages.0", "invalid_request"),
+    ({"messages": [{"content": "x"}]}, "messages.0.role", "invalid_request"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]", "unsupported_image_url"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0]", "invalid_request"),
     ({"messages": HI, "n": 2}, "n", "unsupported_parameter"),
     ({"messages": HI, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_request"),
     ({"messages": HI, "stop": 3}, "stop", "invalid_request"),
@@ -97,6 +98,8 @@ def test_one_name_for_two_lines_is_refused_naming_both() -> None:
     ({"messages": HI, "thinking": "maybe"}, "thinking", "invalid_request"),
     ({"url": COMPLETIONS, "body": {"prompt": ["a", "b"]}}, "prompt", "invalid_request"),
     ({"url": COMPLETIONS, "body": {}}, "prompt", "invalid_request"),
+    ({"url": COMPLETIONS, "body": {"prompt": ""}}, "prompt", "invalid_request"),
+    ({"url": COMPLETIONS, "body": {"prompt": [-1]}}, "prompt", "invalid_request"),
 ])  # fmt: skip
 def test_refusals_name_what_is_wrong(one: Any, param: str | None, code: str) -> None:
     why = refusal(one)

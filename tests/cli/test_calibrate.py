@@ -179,6 +179,72 @@ def test_an_interrupted_run_says_how_to_go_on(
         calibrate(str(tiny), texts, tmp_path / "c", ctx=LENGTH, threads=1)
 
 
+FULL = """
+import os, subprocess, sys
+import hybrid.model.calibrate
+from cli.main import main
+place, size, *command = sys.argv[1:]
+mount = ("mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place)
+if subprocess.run(mount, capture_output=True).returncode:
+    sys.exit("no mount")
+hybrid.model.calibrate.disk_free = lambda path: 1 << 40  # which another program takes before we do
+def run():
+    try:
+        main(command)
+    except SystemExit as ended:
+        print(ended.code, sorted(os.listdir(f"{place}/c")), flush=True)
+run()
+subprocess.run(("mount", "-o", "remount,size=64m", place), check=True)
+run()
+os.execvp("sha256sum", ["sha256sum", *(f"{place}/c/{name}" for name in sorted(os.listdir(f"{place}/c")))])
+"""
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on(
+    tmp_path: Path, tiny: Path, done: Path, texts: list[Path]
+) -> None:
+    """A real one, in a namespace of mounts of its own, with room for a layer and one and a half residual streams."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    with open_checkpoint(tiny) as checkpoint:
+        residual = 4 * LENGTH * len(windows(tiny)) * checkpoint.config.hidden_size
+    size = (done / "layer-001.safetensors").stat().st_size + residual * 3 // 2 + 12288
+    named = [argument for path in texts for argument in ("--text", str(path))]
+    options = ["calibrate", str(tiny), *named, "--ctx", str(LENGTH), "--threads", "1", "-o", str(place / "c")]
+    apart = ["unshare", "-r", "-m", sys.executable, "-c", FULL, str(place), str(size), *options]
+    try:
+        ran = subprocess.run(apart, capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare")
+    if "no mount" in ran.stderr or "unshare: " in ran.stderr:
+        pytest.skip("mounts are not allowed here")
+    assert ran.returncode == 0, ran.stderr
+    full, _, _, *sums = ran.stdout.splitlines()
+    assert full == "3 ['layer-001.safetensors', 'residual-001.safetensors', 'unfinished.json']", ran.stdout
+    told = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert told == [
+        f"error: The disk of {place / 'c'} is full. Nothing is lost. Free space and run the same command again; it "
+        "continues where it stopped."
+    ]
+    assert "Traceback" not in ran.stderr
+    expected = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(done.iterdir())]
+    assert [line.split()[0] for line in sums] == expected
+
+
+def test_a_file_system_for_small_files_is_one_line(tmp_path: Path, tiny: Path, done: Path, texts: list[Path]) -> None:
+    limit = (done / "layer-001.safetensors").stat().st_size // 2
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "from cli.main import main; main(sys.argv[1:])"
+    )
+    named = [argument for path in texts for argument in ("--text", str(path))]
+    options = ["calibrate", str(tiny), *named, "--ctx", str(LENGTH), "--threads", "1", "-o", str(tmp_path / "c")]
+    ran = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, timeout=120)
+    told = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert ran.returncode == 3 and len(told) == 1 and "does not take files of this size" in told[0], ran.stderr
+    assert "Traceback" not in ran.stderr and not list((tmp_path / "c").glob(".*")), "no partial file stays"
+
+
 def test_what_cannot_be_calibrated_is_refused(
     tmp_path: Path, tiny: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

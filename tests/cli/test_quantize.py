@@ -61,6 +61,13 @@ def test_a_dry_run_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert found["bits_per_weight"] <= 3 and list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_says_how_the_cache_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path) -> None:
+    room = (tiny, tmp_path / "pack", "--ram", "7GiB", "--ctx", "1k", "--dry-run")
+    assert re.search(r"^KV cache +\S+ .B +left to 1,024 tokens in bf16$", run(capsys, *room)[0], re.MULTILINE)
+    assert "left to 1,024 tokens in fp8" in run(capsys, *room, "--kv", "fp8")[0]
+    assert "KV cache" not in run(capsys, tiny, tmp_path / "pack", "--bits", 3, "--dry-run")[0]
+
+
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [

@@ -1,5 +1,6 @@
 """What a pack will be: the bytes its experts may take, the disk it needs, what is predicted of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hybrid.convert.plan import RESERVE, expert_budget
 from hybrid.convert.run import space_needed
 from hybrid.convert.source import read_source
 from hybrid.errors import DoesNotFit, UsageError
+from hybrid.memory.kv_format import KVFormat, kv_bytes
 
 
 def test_memory_large_enough_for_int4_gets_it(tmp_path: Path, source: Path) -> None:
@@ -25,8 +27,12 @@ def test_the_budget_of_a_memory() -> None:
     config = ModelConfig.from_dict(tiny_config({}, experts="int4", nested=True))
     small = Settings(ram=64 << 30, ctx=32768)
     resident = 20 << 30
-    expected = (64 << 30) - RESERVE - resident - 4096 * config.kv_bytes_per_token()  # its context is shorter
-    assert expert_budget(config, small, resident) == expected
+    room = (64 << 30) - RESERVE - resident
+    assert expert_budget(config, small, resident) == room - 4096 * config.kv_bytes_per_token(), "its context is shorter"
+    for kind in ("fp8", "int8"):
+        codes = 4096 * config.num_hidden_layers * KVFormat.of(config, kind).row_bytes
+        assert expert_budget(config, replace(small, kv=kind), resident) == room - codes
+        assert codes < 4096 * config.kv_bytes_per_token()
     assert expert_budget(config, Settings(bits=2.0), resident) == config.routed_params // 4
     with pytest.raises(DoesNotFit, match="leave nothing for experts"):
         expert_budget(config, Settings(ram=16 << 30), resident)
@@ -70,6 +76,14 @@ def test_an_estimate_says_what_comes(tmp_path: Path, source: Path) -> None:
     assert found["expert_bytes"] == made.expert_bytes
     assert 0.9 * made.resident_bytes < found["resident_bytes"] < made.resident_bytes
     assert found["seconds"] > 0 and sum(found["formats"]["down"].values()) == 16
+    assert found["kv_bytes"] == 0, "bits decide"
+
+
+def test_an_estimate_names_the_cache_that_it_left_room_for(tmp_path: Path, source: Path) -> None:
+    config = read_source(source).config
+    for kind in ("bf16", "int8"):
+        found = estimate(source, tmp_path / "pack", Settings(ram=RESERVE + (1 << 30), ctx=1000, kv=kind), threads=1)
+        assert (found["ctx"], found["kv"], found["kv_bytes"]) == (1000, kind, kv_bytes(config, 1000, kind))
 
 
 def test_workers_are_bounded_by_memory() -> None:

@@ -161,7 +161,7 @@ def test_behind_a_service(load: Load) -> None:
     with load() as kimi:
         kimi.share(batch=2)
         first = list(kimi.generate(PROMPT, GREEDY))
-    with load() as kimi, closing(Service(kimi._engine, batch=2, queue=2)) as service:
+    with load() as kimi, closing(Service(kimi._engine, batch=2)) as service:
         request = Request(list(PROMPT), GREEDY)
         assert list(service.stream(request)) == first and request.disk_tokens == len(PROMPT) - 1
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybrid.engine.sampler import LIKELY, Sampler, SamplingParams
+from hybrid.engine.sampler import LIKELY, Sampler, SamplingParams, recommended
 from hybrid.errors import KimiError, UsageError
 
 LOGITS = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]))
@@ -16,6 +16,21 @@ LOGITS = torch.log(torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03]))
 def draws(params: SamplingParams, count: int = 2000, logits: torch.Tensor = LOGITS) -> Counter[int]:
     sampler = Sampler(params)
     return Counter(sampler.sample(logits) for _ in range(count))
+
+
+@pytest.mark.parametrize(
+    ("thinking", "generation", "expected"),
+    [
+        (True, {}, {"temperature": 1.0, "top_p": 0.95}),
+        (False, {}, {"temperature": 0.6, "top_p": 0.95}),
+        (False, {"temperature": 0.3, "top_k": 5, "top_p": None, "eos_token_id": 1}, {"temperature": 0.3, "top_k": 5}),
+        (True, {"temperature": 0.3, "do_sample": False}, {"temperature": 0.0}),
+    ],
+)
+def test_what_a_checkpoint_says_counts_before_what_is_recommended(
+    thinking: bool, generation: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert recommended(thinking, generation, frozenset({7})) == SamplingParams(stop_ids=frozenset({7}), **expected)
 
 
 def test_greedy_takes_the_largest() -> None:

@@ -218,7 +218,7 @@ def test_what_is_wrong_is_named(client: httpx2.Client, change: dict[str, Any], p
     [
         ("https://example.org/cat.png", "not fetched"),
         ("http://169.254.169.254/", "not fetched"),
-        ("FILE:///etc/passwd", "not read for clients"),
+        ("FILE:///etc/passwd", "not read because"),
         ("data:image/png;base64,AAAA", "Only text"),
     ],
 )

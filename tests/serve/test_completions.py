@@ -85,7 +85,9 @@ def test_likelihoods_of_prompt_and_answer(client: httpx2.Client, kimi: Kimi) -> 
         ({"best_of": 3}, "best_of"),
         ({"n": 3}, "n"),
         ({"max_tokens": -1}, "max_tokens"),
-        ({"prompt": "word " * 3000}, "messages"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": [1, "x"]}, "prompt"),
+        ({"prompt": "word " * 3000}, "prompt"),
     ],
 )
 def test_what_is_wrong_is_named(client: httpx2.Client, change: dict[str, Any], param: str) -> None:

@@ -91,7 +91,7 @@ def test_items_of_history_are_the_same_messages(client: httpx2.Client) -> None:
         ({"text": {"format": {"type": "grammar"}}}, "response_format"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "file:///x"}]}]}, "input[0]"),
-        ({"input": []}, "messages"),
+        ({"input": []}, "input"),
     ],
 )
 def test_what_is_wrong_is_named(openai: OpenAI, change: dict[str, Any], param: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.tools.pocket_copy import TINY, Copy
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
 @pytest.mark.parametrize("shape", [(3, 2, 24, 40), (4, 40, 24), (16, 48)])
 def test_stacked_matrices_are_what_torch_makes_of_each(shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
