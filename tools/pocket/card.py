@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from textwrap import wrap
@@ -67,18 +68,20 @@ def _recipe(settings: Settings, log: list[dict[str, Any]]) -> Iterator[str]:
     yield f"- Muon for {stacks} stacks of matrices, AdamW for embedding, head, router and norms; rates"
     yield f"  {_rates(settings)}, from step {settings.decay_from:,} on falling to nothing; decay of weights"
     yield f"  {settings.weight_decay:g}"
+    if legs := _legs(log):
+        yield f"- continued at steps {' and '.join(f'{step:,}' for step in legs)}, where the rate had fallen before"
     if settings.tau:
         yield f"- QK-Clip at {settings.tau:g}: heads were clipped in {clipped} of {len(log)} stretches of ten steps"
     yield f"- experts multiplied in INT4 from step {settings.qat_from:,} on; these are released"
     yield f"- router's bias frozen from step {settings.freeze_from:,}; busiest expert {last['load']:.2f} times the mean"
     yield "  in the last batch"
     yield ""
-    yield "| step | million tokens | loss | tokens guessed right | largest logit | heads clipped |"
-    yield "| ---: | ---: | ---: | ---: | ---: | ---: |"
+    yield "| step | million tokens | rate | loss | tokens guessed right | largest logit | heads clipped |"
+    yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     for line in _marks(log):
         yield (
-            f"| {line['step']:,} | {line['tokens'] / 1e6:.2f} | {line['loss']:.3f} | {line['accuracy']:.1%} | "
-            f"{max(line['max_logit']):.0f} | {line['clipped']} |"
+            f"| {line['step']:,} | {line['tokens'] / 1e6:.2f} | {line['lr']:.1e} | {line['loss']:.3f} | "
+            f"{line['accuracy']:.1%} | {max(line['max_logit']):.0f} | {line['clipped']} |"
         )
     yield ""
     yield "![Loss and largest attention logit](curves.png)"
@@ -86,6 +89,11 @@ def _recipe(settings: Settings, log: list[dict[str, Any]]) -> Iterator[str]:
 
 def _rates(settings: Settings) -> str:
     return "".join(f"{rate:g} until step {int(end):,}, then " for end, rate in settings.earlier) + f"{settings.lr:g}"
+
+
+def _legs(log: list[dict[str, Any]]) -> list[int]:
+    """Steps after which the rate was far higher again."""
+    return [before["step"] for before, line in pairwise(log) if line["lr"] > 10 * before["lr"]]
 
 
 def _marks(log: list[dict[str, Any]], count: int = 10) -> list[dict[str, Any]]:
