@@ -73,16 +73,17 @@ def _recipe(settings: Settings, log: list[dict[str, Any]]) -> Iterator[str]:
     if settings.tau:
         yield f"- QK-Clip at {settings.tau:g}: heads were clipped in {clipped} of {len(log)} stretches of ten steps"
     yield f"- experts multiplied in INT4 from step {settings.qat_from:,} on; these are released"
-    yield f"- router's bias frozen from step {settings.freeze_from:,}; busiest expert {last['load']:.2f} times the mean"
-    yield "  in the last batch"
+    yield f"- router's bias frozen from step {settings.freeze_from:,}"
     yield ""
-    yield "| step | million tokens | rate | loss | tokens guessed right | largest logit | heads clipped |"
-    yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    yield "| step | million tokens | rate | loss | guessed right | largest logit | heads clipped | busiest expert |"
+    yield "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     for line in _marks(log):
         yield (
             f"| {line['step']:,} | {line['tokens'] / 1e6:.2f} | {line['lr']:.1e} | {line['loss']:.3f} | "
-            f"{line['accuracy']:.1%} | {max(line['max_logit']):.0f} | {line['clipped']} |"
+            f"{line['accuracy']:.1%} | {max(line['max_logit']):.0f} | {line['clipped']} | {line['load']:.2f} |"
         )
+    yield ""
+    yield "The busiest expert of a layer in multiples of the mean, in that step's batch."
     yield ""
     yield "![Loss and largest attention logit](curves.png)"
 
