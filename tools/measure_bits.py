@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(options: argparse.Namespace) -> Any:
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Scores of the model itself, then of each pack, as JSON objects with `bits` (None: as the model is)."""
     asked = ["--cases", str(options.cases), "--json"]
     asked += [part for file in options.text or [] for part in ("--text", file)]

@@ -93,6 +93,14 @@ class ExactExperts:
         return out
 
 
+class _How(NamedTuple):
+    """A layer's experts are multiplied: by torch in `dtype` if `exact`, else by kernels and `many`."""
+
+    exact: bool
+    dtype: torch.dtype
+    many: ManyTokens | None
+
+
 def load_experts(
     checkpoint: Checkpoint,
     layer: int,
@@ -113,11 +121,12 @@ def load_experts(
         return PackedExperts(partial(tier.moe, layer), tier.expert_bytes(layer))
     assert pinned is None or not exact, "no card multiplies exactly"
     kept = np.arange(checkpoint.config.n_routed_experts) if pinned is None else np.flatnonzero(~pinned)
+    how = _How(exact, dtype, many)
     with ThreadPoolExecutor(max(threads, READERS)) as pool:
         if isinstance(checkpoint, Pack):
-            return _from_pack(checkpoint, layer, kept, exact, dtype, pool, many)
+            return _from_pack(checkpoint, layer, kept, how, pool)
         if checkpoint.expert_format(layer) == "int4_g32":
-            return _from_int4(checkpoint, layer, kept, exact, dtype, pool, many)
+            return _from_int4(checkpoint, layer, kept, how, pool)
     assert pinned is None, "no card multiplies such experts"
     sizes = np.full(checkpoint.config.n_routed_experts, checkpoint.config.expert_bytes(16))
     return ExactExperts(lambda i: _dense(checkpoint.expert(layer, i), dtype), sizes)
@@ -140,22 +149,14 @@ def _places(kept: np.ndarray, experts: int) -> np.ndarray | None:
     return places
 
 
-def _from_int4(
-    checkpoint: Checkpoint,
-    layer: int,
-    kept: np.ndarray,
-    exact: bool,
-    dtype: torch.dtype,
-    pool: Executor,
-    many: ManyTokens | None,
-) -> LayerExperts:
+def _from_int4(checkpoint: Checkpoint, layer: int, kept: np.ndarray, how: _How, pool: Executor) -> LayerExperts:
     experts = _empty_int4(checkpoint.config, len(kept))
     list(pool.map(partial(_pack_released, checkpoint, layer, experts), kept.tolist(), range(len(kept))))
-    packed = _int4_experts(experts, kept, checkpoint.config, many)
-    if not exact:
+    packed = _int4_experts(experts, kept, checkpoint.config, how.many)
+    if not how.exact:
         return packed
     hidden, intermediate = checkpoint.config.hidden_size, checkpoint.config.moe_intermediate_size
-    return ExactExperts(lambda i: _decoded(experts, i, hidden, intermediate, dtype), packed.expert_bytes)
+    return ExactExperts(lambda i: _decoded(experts, i, hidden, intermediate, how.dtype), packed.expert_bytes)
 
 
 def _pack_released(checkpoint: Checkpoint, layer: int, experts: kernels.Experts, index: int, place: int) -> None:
@@ -186,23 +187,15 @@ def _applied(experts: Layer, formats: list[Formats], many: ManyTokens | None) ->
     return partial(many.moe, experts, formats)
 
 
-def _from_pack(
-    pack: Pack,
-    layer: int,
-    kept: np.ndarray,
-    exact: bool,
-    dtype: torch.dtype,
-    pool: Executor,
-    many: ManyTokens | None,
-) -> LayerExperts:
+def _from_pack(pack: Pack, layer: int, kept: np.ndarray, how: _How, pool: Executor) -> LayerExperts:
     """Blobs are read, not used where they could be mapped: the kernels must never wait for a page of a file."""
     record = pack.manifest.layers[layer]
     sizes = np.array([sum(pack.shapes.sizes(formats)) for formats in record.formats])
-    if exact:
-        return ExactExperts(lambda i: _dense(pack.expert(layer, i, dtype), dtype), sizes)
+    if how.exact:
+        return ExactExperts(lambda i: _dense(pack.expert(layer, i, how.dtype), how.dtype), sizes)
     with closing(DirectFile(pack.path / record.file)) as file:
         if record.formats[0][0] == "int4_g32":  # then all are
-            return _int4_experts(_read_int4(pack, layer, kept, file, pool), kept, pack.config, many)
+            return _int4_experts(_read_int4(pack, layer, kept, file, pool), kept, pack.config, how.many)
         data, starts = _read_blobs(pack, layer, kept, file, pool)
     gate_up, down = (
         matrix._replace(planes=np.ascontiguousarray(matrix.planes[kept]))
@@ -210,7 +203,7 @@ def _from_pack(
     )
     experts = trellis_moe.TrellisExperts(data, gate_up, down)
     formats = [record.formats[expert] for expert in kept]
-    return PackedExperts(_applied(experts, formats, many), sizes, _places(kept, len(sizes)))
+    return PackedExperts(_applied(experts, formats, how.many), sizes, _places(kept, len(sizes)))
 
 
 def _trellis(pack: Pack, layer: int, data: np.ndarray, starts: np.ndarray) -> trellis_moe.TrellisExperts:

@@ -105,16 +105,19 @@ class NvmeTier:
         assert self._pinned.isdisjoint(keys), "an expert that is only on the card"
         for group in self._groups(keys, ahead):
             experts = np.array(group) % self._experts
-            self._multiply_many(layer, experts[np.isin(experts, apart)], x, topk_ids, out)
-            experts = experts[~np.isin(experts, apart)]
+            if apart.size:
+                crowded = np.isin(experts, apart)
+                self._multiply_many(layer, experts[crowded], x, topk_ids, out)
+                experts = experts[~crowded]
             place = np.full(len(chosen), -1)
             place[np.searchsorted(chosen, experts)] = np.arange(len(experts))
             pairs = np.flatnonzero(place[which] >= 0)
             if pairs.size:
                 slots = np.array([self._residents.slot_of[key] for key in (layer * self._experts + experts).tolist()])
                 out[pairs] = self.slots.multiply(layer, slots, x[pairs // k], place[which[pairs]])
-        order = topk_ids + self._experts * np.isin(topk_ids, apart)  # as `ManyTokens.moe` adds
-        return combine(order, topk_weights, out.reshape(tokens, k, -1))
+        if apart.size:  # they come last, as `ManyTokens.moe` adds
+            topk_ids = topk_ids + self._experts * np.isin(topk_ids, apart)
+        return combine(topk_ids, topk_weights, out.reshape(tokens, k, -1))
 
     def _multiply_many(
         self, layer: int, experts: np.ndarray, x: np.ndarray, topk_ids: np.ndarray, out: np.ndarray

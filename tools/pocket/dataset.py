@@ -24,7 +24,7 @@ from hybrid.evaluation.skills import draw
 from pocket.smalltalk import TALK
 
 TEXT_FILE, HELD_OUT_FILE = "text.npy", "heldout.npy"
-# Of a hundred conversations. The skills with long documents and those that need practice have more of the tokens.
+# Of about a hundred conversations. The skills with long documents and those that need practice have more of the tokens.
 SHARES = {
     "arithmetic": 8,
     "arithmetic_instant": 5,
