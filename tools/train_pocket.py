@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from pocket.export import export as write_model
 from pocket.plot import plot as draw
+from pocket.qat import BITS
 from pocket.state import CHECKPOINT, FROZEN_SHARE, SETTINGS, TAU, Settings, State
 from pocket.train import branch as new_branch
 from pocket.train import seconds_per_step
@@ -87,6 +88,7 @@ def branch(
     plateau: Annotated[int, typer.Option(help="So many of them before the rate falls.")] = 0,
     lr: Annotated[float | None, typer.Option(help="Another rate from here on.")] = None,
     qat_steps: Annotated[int, typer.Option(help="So many of them, the last, with experts in INT4.")] = 0,
+    qat_bits: Annotated[int, typer.Option(min=2, max=4, help="Fewer bits than INT4, kept as INT4.")] = BITS,
     threads: Threads = 1,
 ) -> None:
     """Go on another way from a checkpoint: at another rate, for longer, with INT4 experts at the end or without."""
@@ -95,7 +97,7 @@ def branch(
     if steps is None and (plateau or lr is not None):
         raise KimiError("--plateau and --lr need --steps.", "Say how many steps there are to be.")
     if not (out / SETTINGS).exists():
-        new_branch(run, checkpoint, out, steps=steps, qat_steps=qat_steps, plateau=plateau, lr=lr)
+        new_branch(run, checkpoint, out, steps=steps, qat_steps=qat_steps, plateau=plateau, lr=lr, qat_bits=qat_bits)
     train_run(out, Dataset(data, Settings.load(out).seed), threads)
     print(out)
 
@@ -105,7 +107,7 @@ def export(
     run: Path,
     model: Path,
     data: Annotated[Path, typer.Option(help="Where the tokenizer is.")],
-    experts: Annotated[str, typer.Option(help="int4 or bf16.")] = "int4",
+    experts: Annotated[str | None, typer.Option(help="bf16, int4, int3 or int2; default: as trained last.")] = None,
 ) -> None:
     """Write a model directory as Moonshot releases one."""
     print(write_model(Settings.load(run), State.load(run / CHECKPOINT), data, model, experts=experts))

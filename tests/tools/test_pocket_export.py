@@ -7,7 +7,7 @@ import torch
 from pocket.config import TEXT_CONFIG, model_config, released_config
 from pocket.export import export, matrices
 from pocket.model import Forward, Tokens, shapes
-from pocket.qat import is_expert, multiplied
+from pocket.qat import is_expert, kept_bits, multiplied
 from pocket.state import State
 from pocket.train import Trainer
 
@@ -40,12 +40,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("experts", ["int4", "bf16"])
+@pytest.mark.parametrize("experts", ["int4", "int2", "bf16"])
 def test_the_runtime_computes_the_trainers_logits(trained: State, data: Path, tmp_path: Path, experts: str) -> None:
     plan = settings(9)
     model = export(plan, trained, data, tmp_path / "model", experts=experts)
     ids = torch.randint(TINY["vocab_size"], (50,), generator=torch.Generator().manual_seed(1))
-    weights = multiplied(trained.masters, torch.float32, quantized=experts == "int4")
+    weights = multiplied(trained.masters, torch.float32, bits=kept_bits(experts))
     expected = Forward(plan.config, weights, trained.bias).logits(ids)
     with Kimi.load(model, dtype="float32", activations="float32", ctx=64, threads=1) as kimi:
         found = kimi.logits(ids.tolist())
@@ -56,18 +56,24 @@ def test_the_runtime_computes_the_trainers_logits(trained: State, data: Path, tm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_released_experts_are_those_multiplied(trained: State, data: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     model = export(settings(9), trained, data, tmp_path / "model")
-    multiplied_now = multiplied(trained.masters, dtype, quantized=True)
+    multiplied_now = multiplied(trained.masters, dtype, bits=4)
     with open_checkpoint(model) as checkpoint:
         for name in filter(is_expert, trained.masters):
             for linear, weight in matrices(name, multiplied_now[name]):
                 assert torch.equal(checkpoint.linear(linear, dtype), weight), linear
 
 
+def test_an_unknown_kind_of_experts_is_refused(trained: State, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(KimiError, match="int5"):
+        export(settings(9), trained, data, tmp_path / "model", experts="int5")
+    assert not (tmp_path / "model").exists()
+
+
 def test_packed_documents_do_not_see_each_other(trained: State) -> None:
     config = settings(9).config
     batch = Copy().batch(3, 2, 64)
     tokens = Tokens.of(*batch, config.num_attention_heads)
-    forward = Forward(config, multiplied(trained.masters, torch.float32, quantized=False), trained.bias)
+    forward = Forward(config, multiplied(trained.masters, torch.float32, bits=None), trained.bias)
     together = torch.nn.functional.linear(forward.hidden(tokens)[0], forward.weights["lm_head.weight"])
     starts = [*(tokens.positions == 0).nonzero().flatten().tolist(), len(tokens.ids)]
     for start, end in zip(starts, starts[1:], strict=False):

@@ -63,7 +63,7 @@ def largest(masters: dict[str, Tensor]) -> Tensor:
     config = model_config(TINY)
     batch = Copy().batch(0, 4, 64)
     tokens = Tokens.of(*batch, config.num_attention_heads)
-    forward = Forward(config, multiplied(masters, torch.float32, quantized=False), initial_bias(config))
+    forward = Forward(config, multiplied(masters, torch.float32, bits=None), initial_bias(config))
     return forward.hidden(tokens)[1].largest
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pocket.qat import is_expert
 from pocket.record import read_log
 from pocket.state import CHECKPOINT, LOG, Settings, State
 from pocket.train import Trainer, branch, seconds_per_step, train
@@ -110,6 +111,18 @@ def test_branches_differ_in_the_experts_alone(tmp_path: Path) -> None:
         branch(run, kept, tmp_path / "with", steps=3, qat_steps=3)
 
 
+def test_experts_may_have_fewer_bits(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", 6, decay_from=4)
+    train(run, Copy())
+    plan = branch(run, "step-000004.safetensors", tmp_path / "two", steps=2, qat_steps=2, qat_bits=2)
+    assert plan.qat_bits == 2 and Settings.load(tmp_path / "two") == plan
+    with Trainer(plan, State.new(plan.config, 0), Copy()) as trainer:
+        weights = trainer._weights(plan.qat_bits)
+        for name in filter(is_expert, weights):
+            groups = weights[name].detach().unflatten(-1, (-1, 32))
+            assert all(len(group.unique()) <= 4 for group in groups.flatten(0, -2))
+
+
 def test_a_branch_may_keep_the_rates_of_its_run(tmp_path: Path) -> None:
     run = start(tmp_path / "run", 6, decay_from=3, qat_from=5)
     end = train(run, Copy())
@@ -123,7 +136,7 @@ def test_a_branch_may_keep_the_rates_of_its_run(tmp_path: Path) -> None:
 def test_products_are_made_in_the_precision_asked_for(precision: str) -> None:
     plan = replace(settings(4), precision=precision)
     with Trainer(plan, State.new(plan.config, 0), Copy()) as trainer:
-        weights = trainer._weights(quantized=True)
+        weights = trainer._weights(4)
         trainer.step()
     assert weights["lm_head.weight"].dtype == plan.dtype
     assert torch.equal(weights["lm_head.weight"].bfloat16().to(plan.dtype), weights["lm_head.weight"])

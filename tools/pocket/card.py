@@ -72,7 +72,7 @@ def _recipe(settings: Settings, log: list[dict[str, Any]]) -> Iterator[str]:
         yield f"- continued at steps {' and '.join(f'{step:,}' for step in legs)}, where the rate had fallen before"
     if settings.tau:
         yield f"- QK-Clip at {settings.tau:g}: heads were clipped in {clipped} of {len(log)} stretches of ten steps"
-    yield f"- experts multiplied in INT4 from step {settings.qat_from:,} on; these are released"
+    yield f"- experts multiplied in INT{settings.qat_bits} from step {settings.qat_from:,} on; these are released"
     yield f"- router's bias frozen from step {settings.freeze_from:,}"
     yield ""
     yield "| step | million tokens | rate | loss | guessed right | largest logit | heads clipped | busiest expert |"

@@ -14,22 +14,24 @@ from hybrid.checkpoint.write import CheckpointWriter
 from hybrid.errors import KimiError
 from pocket.config import released_config
 from pocket.model import DOWN, GATE_UP
-from pocket.qat import codes_and_scales, is_expert
+from pocket.qat import codes_and_scales, is_expert, kept_bits
 from pocket.sources import SOURCES_FILE
 from pocket.state import Settings, State
 
 
-def export(settings: Settings, state: State, data: Path, directory: Path, *, experts: str = "int4") -> Path:
+def export(settings: Settings, state: State, data: Path, directory: Path, *, experts: str | None = None) -> Path:
     """Write the model to `directory`, with the tokenizer found in `data`; returns it.
 
-    Experts "int4" are the codes that training multiplied in its last phase; "bf16" leaves them unquantized. Raises
-    CheckpointError if the directory is in use and KimiError if there is no tokenizer.
+    `experts` "int4", "int3" and "int2" round them to so many bits, all kept as INT4; "bf16" does not; None means what
+    training multiplied in its last phase. Raises CheckpointError if the directory is in use and KimiError if there is
+    no tokenizer.
     """
-    raw = released_config(settings.model, experts=experts)
+    bits = kept_bits(experts) if experts else settings.qat_bits
+    raw = released_config(settings.model, experts="int4" if bits else "bf16")
     with CheckpointWriter(directory) as writer:
         for name, master in state.masters.items():
             if is_expert(name):
-                _add_experts(writer, name, master, quantized=experts == "int4")
+                _add_experts(writer, name, master, bits)
             else:
                 writer.add(name, master.bfloat16())
         for layer, bias in state.bias.items():
@@ -37,10 +39,10 @@ def export(settings: Settings, state: State, data: Path, directory: Path, *, exp
         return writer.finish({**_texts(raw), **_tokenizer(data)})
 
 
-def _add_experts(writer: CheckpointWriter, name: str, master: Tensor, *, quantized: bool) -> None:
+def _add_experts(writer: CheckpointWriter, name: str, master: Tensor, bits: int | None) -> None:
     for linear, weight in matrices(name, master):
-        if quantized:
-            codes, scales = codes_and_scales(weight)
+        if bits:
+            codes, scales = codes_and_scales(weight, bits)
             writer.add_int4(linear, codes.numpy(), scales)
         else:
             writer.add(f"{linear}.weight", weight.bfloat16())

@@ -16,6 +16,7 @@ from hybrid.errors import KimiError
 from pocket.config import model_config
 from pocket.model import initial, initial_bias
 from pocket.muon import is_matrix
+from pocket.qat import BITS
 
 CHECKPOINT, SETTINGS, LOG = "checkpoint.safetensors", "settings.json", "log.jsonl"
 TAU = 100.0  # as for K2
@@ -34,8 +35,9 @@ class Settings:
 
     steps: int
     decay_from: int  # step from which the learning rate falls, linearly, to nothing
-    qat_from: int  # step from which experts are multiplied in INT4; `steps` for never
+    qat_from: int  # step from which experts are multiplied in `qat_bits`; `steps` for never
     freeze_from: int  # step from which the router's bias stays as it is
+    qat_bits: int = BITS
     seed: int = 0
     rows: int = 16
     length: int = 256

@@ -20,7 +20,7 @@ from torch import Tensor
 from hybrid.errors import KimiError
 from pocket.model import Forward, Tokens
 from pocket.muon import adamw_step, global_norm, is_matrix, muon_step, qk_clip
-from pocket.qat import multiplied
+from pocket.qat import BITS, multiplied
 from pocket.record import Log, Measured, show
 from pocket.state import CHECKPOINT, FROZEN_SHARE, LOG, Settings, State
 
@@ -72,7 +72,7 @@ class Trainer:
         """Do one step and report on it."""
         settings, state = self.settings, self.state
         batch = self._batch(state.step)
-        weights = self._weights(quantized=state.step >= settings.qat_from)
+        weights = self._weights(settings.qat_bits if state.step >= settings.qat_from else None)
         total = float(batch.weights.sum())
         starts = range(0, settings.rows, settings.shard_rows)
         shards = [self.pool.submit(self._shard, weights, batch, slice(s, s + settings.shard_rows)) for s in starts]
@@ -99,11 +99,11 @@ class Trainer:
         """Have a batch made by whichever thread is free first."""
         self._next = (step, self.pool.submit(self.data.batch, step, self.settings.rows, self.settings.length))
 
-    def _weights(self, quantized: bool) -> Grads:
+    def _weights(self, bits: int | None) -> Grads:
         names = self.state.masters
 
         def leaf(name: str) -> Tensor:
-            one = multiplied({name: names[name]}, self.settings.dtype, quantized=quantized)
+            one = multiplied({name: names[name]}, self.settings.dtype, bits=bits)
             return one[name].requires_grad_()
 
         return dict(zip(names, self.pool.map(leaf, names), strict=True))
@@ -192,18 +192,19 @@ def branch(
     steps: int | None = None,
     plateau: int = 0,
     lr: float | None = None,
+    qat_bits: int = BITS,
 ) -> Settings:
     """Make `new` a run that continues `checkpoint` of `run` for `steps` steps, by default as the run itself goes on.
 
     The rate stays on its plateau, or on a new one of `lr`, for the first `plateau` steps and falls from then on;
-    without `steps`, it is that of the run. Experts are INT4 in the last `qat_steps`. Two branches that differ in these
-    alone see the same data at the same rates. Raises KimiError if `new` exists.
+    without `steps`, it is that of the run. Experts have `qat_bits` in the last `qat_steps`. Two branches that differ in
+    these alone see the same data at the same rates. Raises KimiError if `new` exists.
     """
     if new.exists():
         raise KimiError(f"{new} already exists.", "Choose another directory.")
     state, old = State.load(run / checkpoint), Settings.load(run)
     end = old.steps if steps is None else state.step + steps
-    changed: dict[str, Any] = {"steps": end, "qat_from": end - qat_steps}
+    changed: dict[str, Any] = {"steps": end, "qat_from": end - qat_steps, "qat_bits": qat_bits}
     if steps is not None:
         changed |= {"decay_from": state.step + plateau, "freeze_from": end - round(steps * FROZEN_SHARE)}
     if lr is not None:
