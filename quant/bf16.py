@@ -150,9 +150,30 @@ def _rows(weights, x, y, start, stop):
     flat, columns = weights.reshape(-1), weights.shape[1]
     for at in range(start, stop, ROWS):
         row = min(at, weights.shape[0] - ROWS)  # the last four rows may be done twice
-        for t in range(x.shape[0]):
+        three = x.shape[0] // 3 * 3
+        for t in range(0, three, 3):
+            for pair in range(row, row + ROWS, 2):
+                _two_rows_three_tokens(flat, pair, columns, x, y, t)
+        for t in range(three, x.shape[0]):
             a, b, c, d = _four_rows(flat, 2 * row * columns, columns, x[t])
             y[t, row], y[t, row + 1], y[t, row + 2], y[t, row + 3] = a, b, c, d
+
+
+@kernel
+def _two_rows_three_tokens(flat, row, columns, x, y, t):
+    """The same sums in the same order; each weight is widened once for three tokens. Six of them fill AVX2's registers."""
+    offset, below = 2 * row * columns, 2 * columns
+    first, second, third = x[t], x[t + 1], x[t + 2]
+    a = splat_f32(np.float32(0))
+    b, c, d, e, f = a, a, a, a, a
+    for at in range(0, columns, LANES):
+        one, two, three = load_f32x16(first, 4 * at), load_f32x16(second, 4 * at), load_f32x16(third, 4 * at)
+        weight = bf16_to_f32(load_i16x16(flat, offset + 2 * at))
+        a, b, c = fma_f32(weight, one, a), fma_f32(weight, two, b), fma_f32(weight, three, c)
+        weight = bf16_to_f32(load_i16x16(flat, offset + below + 2 * at))
+        d, e, f = fma_f32(weight, one, d), fma_f32(weight, two, e), fma_f32(weight, three, f)
+    y[t, row], y[t + 1, row], y[t + 2, row] = reduce_f32(a), reduce_f32(b), reduce_f32(c)
+    y[t, row + 1], y[t + 1, row + 1], y[t + 2, row + 1] = reduce_f32(d), reduce_f32(e), reduce_f32(f)
 
 
 @kernel

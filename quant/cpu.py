@@ -24,5 +24,6 @@ def instruction_set(features: set[str]) -> str:
 
 
 FEATURES = _features()
+MULTIPLIES_BF16 = bool({"avx512bf16", "amx-bf16"} & FEATURES)  # elsewhere a library's bf16 takes many times fp32's time
 ISA = instruction_set(FEATURES)
 CPU_NAME = config.CPU_NAME or llvm.get_host_cpu_name()

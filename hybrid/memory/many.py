@@ -24,7 +24,7 @@ from hybrid.checkpoint.blob import Formats
 from hybrid.config import ModelConfig
 from hybrid.memory.remembered import recall, remember
 from quant import ISA, kernels, trellis_moe
-from quant.cpu import FEATURES
+from quant.cpu import MULTIPLIES_BF16
 from quant.gemm import BF16, FP32, Gemm, Layer, sample
 
 LEAST = 33  # tokens of an expert: a step of 32 answers never has as many
@@ -50,8 +50,8 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def fastest() -> np.dtype:
-    """bf16 where this processor multiplies it in hardware; elsewhere torch does so many times slower than fp32."""
-    return BF16 if {"avx512bf16", "amx-bf16"} & FEATURES else FP32
+    """bf16 where this processor multiplies it in hardware."""
+    return BF16 if MULTIPLIES_BF16 else FP32
 
 
 def torch_gemm(threads: int) -> Gemm:

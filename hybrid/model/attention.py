@@ -12,10 +12,11 @@ from torch import Tensor
 from hybrid.config import ModelConfig
 from hybrid.memory.kv_cache import KVCache
 from hybrid.model.batch import Batch, Seen, Segment
-from hybrid.model.layers import FEW, TILE, HeadLinear, Linear, Weights, beside, rms_norm
+from hybrid.model.layers import TILE, HeadLinear, Linear, Weights, beside, rms_norm
 from hybrid.model.rope import rotate
 from quant import bf16
 
+FEW = 4  # tokens of a sequence whose sums our own kernels make, one by one
 SCORES_AT_ONCE = 16 << 20  # scores of one tile, 64 MiB of fp32
 
 

@@ -12,8 +12,10 @@ from hybrid.checkpoint.hf import Int4Weight, Int8Weight
 from hybrid.model.gpu import Card
 from hybrid.model.gpu.matrix import CardMatrix, join, upload
 from quant import aligned, bf16, linear
+from quant.cpu import MULTIPLIES_BF16
 
-FEW = 4  # tokens up to which our product of a bf16 matrix is faster than torch's, which is made for many
+FEW = 4 if MULTIPLIES_BF16 else 64  # tokens up to which our product of a bf16 matrix is faster than torch's
+WIDE = 16 << 20  # bytes of fp32 that a piece of a bf16 matrix becomes
 TILE = 1024  # tokens of a long chunk whose widest intermediate values exist at the same time
 
 
@@ -33,6 +35,18 @@ def _bits(weight: Tensor) -> np.ndarray | None:
     return bits
 
 
+def widened(x: Tensor, weight: Tensor) -> Tensor:
+    """x [tokens, in] times bf16 weight [out, in] in fp32, -> [tokens, out] in x's type; for CPUs that multiply no bf16.
+
+    A piece of the matrix at a time is converted, and stays in the cache.
+    """
+    wide, y = x.float(), x.new_empty(len(x), len(weight))
+    rows = max(1, WIDE // (4 * weight.shape[1]))
+    for start in range(0, len(weight), rows):
+        y[:, start : start + rows] = wide @ weight[start : start + rows].float().T
+    return y
+
+
 class Linear:
     """x [tokens, in] -> [tokens, out], with a bias if the checkpoint has one; few tokens go to our own kernel."""
 
@@ -42,9 +56,12 @@ class Linear:
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bits is None or len(x) > FEW:
+        if self.bits is None or (MULTIPLIES_BF16 and len(x) > FEW):
             return F.linear(x, self.weight, self.bias)
-        y = torch.from_numpy(bf16.multiply(self.bits, x.float().numpy())).to(x.dtype)
+        if len(x) > FEW:
+            y = widened(x, self.weight)
+        else:
+            y = torch.from_numpy(bf16.multiply(self.bits, x.float().numpy())).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -124,7 +141,7 @@ class HeadLinear:
             self.weight = weight.transpose(1, 2).contiguous()[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.ours and len(x) <= FEW:
+        if self.ours and (len(x) <= FEW or not MULTIPLIES_BF16):
             y = bf16.multiply_heads(self.blocks, x.float().contiguous().numpy())
             return torch.from_numpy(y)[:, :, : self.rows].to(x.dtype)
         blocks = x.transpose(0, 1)[:, None] @ self.weight  # [heads, blocks, tokens, rows of a block]
