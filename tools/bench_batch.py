@@ -17,12 +17,15 @@ from statistics import median
 from typing import Any
 
 from hybrid import Kimi, SamplingParams
+from hybrid.device import default_threads
 from hybrid.engine.request import Request
 from hybrid.errors import KimiError, UsageError
 from hybrid.kimi import PREFILL_CHUNK
 from hybrid.memory.kv_format import PAGE_SIZE, pages_for
+from quant.bandwidth import read_gbps
 
 PROMPT = 8  # tokens of a prompt
+CEILING_MB, PASSES = 1024, 5
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     most = max(options.sizes)
     ctx = PROMPT + longest(most, options.tokens)
     cache = most * PAGE_SIZE * pages_for(ctx)
+    gbps = read_gbps(CEILING_MB, options.threads or default_threads(), PASSES)
+    if not options.json:
+        print(f"reading: {gbps:.1f} GB/s", flush=True)
     with Kimi.load(options.model, threads=options.threads, dtype=options.dtype, ctx=ctx, cache=cache) as kimi:
-        gbps = kimi.ram_ceiling_gbps()
-        if not options.json:
-            print(f"reading: {gbps:.1f} GB/s; {kimi.config.n_routed_experts} experts per layer", flush=True)
         rng = random.Random(0)
         samples: dict[int, list[Sample]] = {size: [] for size in options.sizes}
         for _ in range(options.rounds + 1):  # the first warms up

@@ -16,7 +16,7 @@ def bench() -> ModuleType:
 def test_sizes_in_turns(
     bench: ModuleType, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("hybrid.kimi.ram_ceiling_gbps", lambda threads: 10.0)
+    monkeypatch.setattr(bench, "read_gbps", lambda *_: 10.0)
     assert bench.main([str(tiny), "--sizes=1,3,40", "--tokens=5", "--rounds=2", "--threads=1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(lines[-1])
