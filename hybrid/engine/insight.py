@@ -66,9 +66,9 @@ class Insight:
 
     # -- memory -----------------------------------------------------------------------------------------------------
     def pages(self) -> dict[str, int]:
-        """Pages of the KV cache, how many of them are free, and the tokens of one."""
-        kv = self._engine.kv
-        return {"pages": kv.num_pages, "free": len(kv.free), "page_tokens": PAGE_SIZE}
+        """Pages of the KV cache, how many of them are free or `kept` as a prefix, and the tokens of one."""
+        kv, kept = self._engine.kv, self._engine.cache.count
+        return {"pages": kv.num_pages, "free": len(kv.free), "kept": kept, "page_tokens": PAGE_SIZE}
 
     def disk(self) -> dict[str, Any] | None:
         """Rows of prompts kept on disk: `directory` of this model's `blocks`, with their `bytes`; bytes `used` of the

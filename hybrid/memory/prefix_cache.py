@@ -50,6 +50,11 @@ class PrefixCache:
         self._clock = 0
 
     @property
+    def count(self) -> int:
+        """Of pages held."""
+        return len(self._nodes)
+
+    @property
     def pages(self) -> list[int]:
         """Pages held, in no order."""
         return [node.page for node in self._nodes]
