@@ -161,7 +161,7 @@ def _rows(weights, x, y, start, stop):
 
 @kernel
 def _two_rows_three_tokens(flat, row, columns, x, y, t):
-    """The same sums in the same order; each weight is widened once for three tokens. Six of them fill AVX2's registers."""
+    """The same sums in the same order, each weight widened once for three tokens; six sums fill AVX2's registers."""
     offset, below = 2 * row * columns, 2 * columns
     first, second, third = x[t], x[t + 1], x[t + 2]
     a = splat_f32(np.float32(0))
