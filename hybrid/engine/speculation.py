@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from hybrid.model.layers import FEW
+from hybrid.model.attention import FEW
 
 ROWS = FEW  # of a step, at most: beyond it products are computed in another way
 MOST = ROWS - 1  # ids guessed for one sequence
