@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba.core import config as numba_config
+from program import own_cache
 
 from cli.options import parse_tokens
 from hybrid import Kimi, SamplingParams
@@ -95,10 +95,9 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
 
 def start_program(options: argparse.Namespace, model: Path, cache: Path) -> dict[str, Any]:
     """The same in a process of its own, whose user's cache is `cache`; compiled kernels are where they are."""
-    given = {"XDG_CACHE_HOME": str(cache), "NUMBA_CACHE_DIR": str(numba_config.CACHE_DIR)}
     command = [sys.executable, __file__, str(model), "--once", f"--tokens={options.tokens}", f"--new={options.new}"]
     command += [f"--seed={options.seed}", *([f"--threads={options.threads}"] if options.threads else [])]
-    done = subprocess.run(command, env=os.environ | given, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | own_cache(cache), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise KimiError(f"The program ended with {done.returncode}.", "What it said stands above.")
     return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -11,16 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from chromium import CTRL, Browser, browsing
+from program import served
 
 KEY = "a secret"
 WIDE, PHONE = (1280, 860), (390, 844)
@@ -111,22 +106,6 @@ TAKES_IMAGES = """(() => {
   };
 })()"""
 REASONING = "They ask for two ways. A heap keeps k elements.\nSorting once is simpler."
-
-
-@contextmanager
-def served(model: str) -> Iterator[str]:
-    """The address of a server with `model`."""
-    command = [sys.executable, "-m", "cli.main", "serve", model, "--port", "0"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"KIMI_LOCAL_API_KEY": KEY}
-    ) as server:
-        try:
-            assert server.stdout is not None
-            found = re.search(r"http://\S+", server.stdout.readline())
-            assert found, "the server did not start"
-            yield found[0]
-        finally:
-            server.terminate()
 
 
 def shoot_all(browser: Browser, address: str, out: Path) -> None:
@@ -291,7 +270,10 @@ def main() -> None:
     parser.add_argument("--chromium", default="/usr/bin/chromium")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    with served(arguments.model) as address, browsing(arguments.chromium) as browser:
+    with (
+        served(arguments.model, env={"KIMI_LOCAL_API_KEY": KEY}) as (address, _),
+        browsing(arguments.chromium) as browser,
+    ):
         shoot_all(browser, address, arguments.out)
         elsewhere = [url for url in browser.requests if not url.startswith((address, "data:", "blob:"))]
         assert not elsewhere, f"requests to others: {elsewhere}"

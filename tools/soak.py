@@ -12,24 +12,22 @@ last line is a JSON object.
 import argparse
 import http.client
 import json
-import os
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
-from numba.core import config as numba_config
+from program import own_cache, served
 
 HEALTH_EVERY, MEMORY_EVERY = 0.25, 2.0  # seconds
 WARM = 0.2  # share of the time after which memory may grow no more
@@ -47,25 +45,6 @@ class Seen:
     wrong: list[str] = field(default_factory=list)
     health: list[float] = field(default_factory=list)
     memory: list[tuple[float, int]] = field(default_factory=list)  # seconds since the start, bytes
-
-
-@contextmanager
-def served(model: str, options: argparse.Namespace) -> Iterator[tuple[str, int, psutil.Process]]:
-    """Host, port and process of a server whose user's cache is empty; compiled kernels are where they are."""
-    command = [sys.executable, "-m", "cli.main", "serve", model, "--port=0", f"--ctx={options.ctx}", "--parallel=4"]
-    command += [f"--threads={options.threads}"] if options.threads else []
-    with tempfile.TemporaryDirectory() as cache:
-        given = {"XDG_CACHE_HOME": cache, "NUMBA_CACHE_DIR": str(numba_config.CACHE_DIR)}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | given) as process:
-            try:
-                assert process.stdout is not None
-                found = re.search(r"http://\S+", process.stdout.readline())
-                assert found, "the server did not start"
-                address = urlsplit(found[0])
-                assert address.hostname and address.port
-                yield address.hostname, address.port, psutil.Process(process.pid)
-            finally:
-                process.terminate()
 
 
 class Client:
@@ -134,7 +113,8 @@ class Client:
 
     def _item(self) -> tuple[str, dict[str, Any], int]:
         body = self._common()
-        return "/v1/responses", {"input": self._words(7), **body, "max_output_tokens": body.pop("max_tokens")}, 200
+        body["max_output_tokens"] = body.pop("max_tokens")
+        return "/v1/responses", {"input": self._words(7), **body}, 200
 
     def _several(self) -> tuple[str, dict[str, Any], int]:
         prompts = [self._words(4) for _ in range(3)]
@@ -204,7 +184,13 @@ def growth(memory: Sequence[tuple[float, int]], seconds: float) -> float:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     seen, over, seconds = Seen(), threading.Event(), 60 * options.minutes
-    with served(options.model, options) as (host, port, process):
+    given = [f"--ctx={options.ctx}", "--parallel=4", *([f"--threads={options.threads}"] if options.threads else [])]
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        served(options.model, *given, env=own_cache(Path(cache))) as (address, pid),
+    ):
+        host, port = urlsplit(address).hostname, urlsplit(address).port
+        assert host and port
         clients = [Client(host, port, options.ctx, seed, seen) for seed in range(options.clients)]
 
         def keep_asking(client: Client) -> None:
@@ -213,7 +199,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
         threads = [threading.Thread(target=keep_asking, args=(client,)) for client in clients]
         threads.append(threading.Thread(target=watch_health, args=(host, port, seen, over)))
-        threads.append(threading.Thread(target=watch_memory, args=(process, seen, over)))
+        threads.append(threading.Thread(target=watch_memory, args=(psutil.Process(pid), seen, over)))
         for thread in threads:
             thread.start()
         end = time.monotonic() + seconds

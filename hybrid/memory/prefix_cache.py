@@ -51,7 +51,7 @@ class PrefixCache:
 
     @property
     def count(self) -> int:
-        """Of pages held."""
+        """Of pages held; any thread may ask."""
         return len(self._nodes)
 
     @property

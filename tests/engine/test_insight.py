@@ -56,8 +56,5 @@ def test_memory(kimi: Kimi) -> None:
 
 def test_pages(kimi: Kimi) -> None:
     pages = kimi.insight.pages()
-    assert (
-        pages["pages"] * pages["page_tokens"] == 256
-        and pages["kept"] > 0
-        and pages["free"] + pages["kept"] == pages["pages"]
-    )
+    assert pages["pages"] * pages["page_tokens"] == 256
+    assert pages["kept"] > 0 and pages["free"] + pages["kept"] == pages["pages"]
