@@ -14,7 +14,7 @@ from hybrid.model.gpu.matrix import CardMatrix, join, upload
 from quant import aligned, bf16, linear
 from quant.cpu import MULTIPLIES_BF16
 
-FEW = 4 if MULTIPLIES_BF16 else 64  # tokens up to which our product of a bf16 matrix is faster than torch's
+FEW = 4 if MULTIPLIES_BF16 else 128  # tokens up to which our product of a bf16 matrix is faster than torch's
 WIDE = 16 << 20  # bytes of fp32 that a piece of a bf16 matrix becomes
 TILE = 1024  # tokens of a long chunk whose widest intermediate values exist at the same time
 
