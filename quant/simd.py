@@ -37,6 +37,8 @@ class VectorModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, fe_type.ir)
 
 
+u8x32 = Vector("u8x32", I8, 32)  # half of a line, and half of its products: one register where those have 256 bits
+i32x8 = Vector("i32x8", I32, 8)
 u8x64 = Vector("u8x64", I8, 64)
 i16x16 = Vector("i16x16", I16, 16)
 i16x32 = Vector("i16x32", I16, 32)
@@ -87,6 +89,8 @@ def load(vector: Vector) -> Any:
     return intrinsic(typed)
 
 
+load_u8x32 = load(u8x32)
+load_i32x8 = load(i32x8)
 load_u8x64 = load(u8x64)  # load_*(array, byte_offset): unaligned
 load_i16x16 = load(i16x16)
 load_i32x16 = load(i32x16)
@@ -107,6 +111,8 @@ def store(vector: Vector) -> Any:
 store_f32x16 = store(f32x16)  # store_*(array, byte_offset, value): unaligned
 store_i32x16 = store(i32x16)
 store_u8x64 = store(u8x64)
+store_u8x32 = store(u8x32)
+store_i32x8 = store(i32x8)
 store_i16x16 = store(i16x16)
 
 
@@ -167,15 +173,33 @@ def load_as(typingctx, array, index):
     return f32x16(array, types.intp), codegen
 
 
+def _broadcast4(vector: Vector) -> Any:
+    words = ir.VectorType(I32, vector.ir.count // 4)
+
+    def typed(typingctx: Any, array: Any, offset: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            word = builder.load(at(context, builder, sig.args[0], args[0], args[1], I32), align=1)
+            return builder.bitcast(splat(builder, word, words), vector.ir)
+
+        return vector(array, types.intp), codegen
+
+    return intrinsic(typed)
+
+
+broadcast4 = _broadcast4(u8x64)  # (array, byte_offset): four adjacent bytes, over and over
+broadcast4_half = _broadcast4(u8x32)
+
+
 @intrinsic
-def broadcast4(typingctx, array, offset):
-    """Four adjacent bytes repeated sixteen times."""
+def fence(typingctx):
+    """No memory is kept in registers across this: what the compiler would keep there, it would spill."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        word = builder.load(at(context, builder, sig.args[0], args[0], args[1], I32), align=1)
-        return builder.bitcast(splat(builder, word, i32x16.ir), u8x64.ir)
+        nothing = ir.FunctionType(ir.VoidType(), [])
+        builder.call(ir.InlineAsm(nothing, "", "~{memory}", side_effect=True), [])
+        return context.get_dummy_value()
 
-    return u8x64(array, types.intp), codegen
+    return types.void(), codegen
 
 
 @intrinsic
@@ -313,7 +337,7 @@ def _dot4_512(b: Any, acc: Any, weights: Any, x: Any) -> Any:
 
 
 def _dot4_256(b: Any, acc: Any, weights: Any, x: Any) -> Any:
-    return by_parts(b, "llvm.x86.avx512.vpdpbusd.256", i32x16.ir, 2, acc, weights, x)
+    return by_parts(b, "llvm.x86.avx512.vpdpbusd.256", acc.type, acc.type.count // 8, acc, weights, x)
 
 
 def _dot4_generic(b: Any, acc: Any, weights: Any, x: Any) -> Any:
@@ -327,11 +351,14 @@ def _dot4_generic(b: Any, acc: Any, weights: Any, x: Any) -> Any:
 
 
 def _pairs_i8(b: Any, weights: Any, x: Any) -> Any:
-    return by_parts(b, "llvm.x86.avx2.pmadd.ub.sw", i16x32.ir, 2, weights, x)
+    count = weights.type.count
+    return by_parts(b, "llvm.x86.avx2.pmadd.ub.sw", ir.VectorType(I16, count // 2), count // 32, weights, x)
 
 
 def _pairs_i16(b: Any, x: Any) -> Any:
-    return by_parts(b, "llvm.x86.avx2.pmadd.wd", i32x16.ir, 2, x, constant(i16x32.ir, 1))
+    count = x.type.count
+    result = ir.VectorType(I32, count // 2)
+    return by_parts(b, "llvm.x86.avx2.pmadd.wd", result, count // 16, x, constant(x.type, 1))
 
 
 def _dot4_avx2(b: Any, acc: Any, weights: Any, x: Any) -> Any:
@@ -342,7 +369,9 @@ DOT4 = {"avx512vnni": _dot4_512, "avxvnni": _dot4_256}
 # dot4(acc, weights, x): acc[i] + sum over k of weights[4i+k] (0..255) * x[4i+k] (-128..127)
 dot4 = operation(i32x16, (i32x16, u8x64, u8x64), DOT4.get(ISA, _dot4_generic))
 # The same where no weight is above 127, so that two products always fit 16 bits.
-dot4_small = operation(i32x16, (i32x16, u8x64, u8x64), _dot4_avx2 if ISA == "avx2" else DOT4.get(ISA, _dot4_generic))
+SMALL = _dot4_avx2 if ISA == "avx2" else DOT4.get(ISA, _dot4_generic)
+dot4_small = operation(i32x16, (i32x16, u8x64, u8x64), SMALL)
+dot4_half = operation(i32x8, (i32x8, u8x32, u8x32), SMALL)  # the same of half a line, for machines of 256 bits
 # The AVX2 spelling, two steps: u8 x s8 pairs added with 16-bit saturation, then 16-bit pairs added into 32 bits.
 pairs_i8 = operation(i16x32, (u8x64, u8x64), _pairs_i8)
 pairs_i16 = operation(i32x16, (i16x32,), _pairs_i16)

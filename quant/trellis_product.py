@@ -7,8 +7,10 @@ Sums are exact integers, so both give the same bits.
 
 import numpy as np
 
+from quant import trellis_narrow as narrow
 from quant.activations import SPAN
 from quant.codes import T10, T15, T20
+from quant.cpu import ISA
 from quant.simd import (
     add_f32,
     bf16_to_f32,
@@ -20,7 +22,6 @@ from quant.simd import (
     load_i32x16,
     load_u8x64,
     mul_f32,
-    prefetch,
     splat_f32,
     splat_i32,
     store_f32x16,
@@ -30,65 +31,29 @@ from quant.simd import (
     to_f32,
 )
 from quant.trellis import COLUMNS, LONGEST, PANELS
-from quant.trellis_simd import levels_t10, levels_t15, levels_t20, load_nibbles
+from quant.trellis_lines import (
+    first_t10,
+    first_t15,
+    first_t20,
+    lines_t10,
+    lines_t15,
+    lines_t20,
+    second_t10,
+    second_t15,
+    second_t20,
+    whole_t10,
+    whole_t15,
+    whole_t20,
+)
 
 ROWS = 16 * LONGEST  # of the largest slab
+NARROW = ISA in ("avx2", "avxvnni")
 ROW = 4 * ROWS  # bytes of one token's sums
 SCRATCH = 8 * PANELS * 64  # bytes of a decoded block
 TOKENS = 64  # whose sums are kept at once
 HALVES_T20, HALVES_T15 = T20.halves, T15.halves
 ZERO_T20, ZERO_T15, ZERO_T10 = T20.zero, T15.zero, T10.zero
 SPAN_TILES = SPAN // COLUMNS
-AHEAD = 4096  # bytes: decoding is slow enough for a stream to need being asked for
-
-
-# Where eight steps of one panel begin, block `block` of the tile at byte `tile`, and where they go on: what follows a
-# block may be the next panel's. One function per code, for a choice inside the loops would cost half of the speed.
-
-
-@kernel
-def _levels_t20(data, tile, block, blocks, chain, panel):
-    after, turn = _following(block, 0, blocks)
-    here, there = tile + 2048 * block + 128 * panel, tile + 2048 * after + 128 * _turned(panel, turn, chain)
-    prefetch(data, here + AHEAD)
-    prefetch(data, here + AHEAD + 64)
-    e, e1 = load_u8x64(data, here), load_u8x64(data, there)
-    return levels_t20(e, e1, load_u8x64(data, here + 64), load_u8x64(data, there + 64))
-
-
-@kernel
-def _levels_t15(data, tile, block, blocks, chain, panel):
-    after, turn = _following(block, 0, blocks)
-    here, there, other = tile + 1536 * block, tile + 1536 * after, _turned(panel, turn, chain)
-    prefetch(data, here + AHEAD + 96 * panel)
-    prefetch(data, here + AHEAD + 96 * panel + 64)
-    o = load_nibbles(data, here + 1024 + 32 * panel, there + 1024 + 32 * other)
-    return levels_t15(load_u8x64(data, here + 64 * panel), load_u8x64(data, there + 64 * other), o)
-
-
-@kernel
-def _levels_t10(data, tile, block, blocks, chain, panel):
-    after, turn = _following(block, 0, blocks)
-    further, turns = _following(after, turn, blocks)
-    here = tile + 1024 * block + 64 * panel
-    prefetch(data, here + AHEAD)
-    e = load_u8x64(data, here)
-    e1 = load_u8x64(data, tile + 1024 * after + 64 * _turned(panel, turn, chain))
-    return levels_t10(e, e1, load_u8x64(data, tile + 1024 * further + 64 * _turned(panel, turns, chain)))
-
-
-@kernel
-def _turned(panel, turn, chain):
-    """The panel `turn` further on in a cyclic chain."""
-    return (panel & -chain) | ((panel + turn) & (chain - 1))
-
-
-@kernel
-def _following(block, turn, blocks):
-    """The block after `block`, and how many panels further on it is."""
-    if block + 1 == blocks:
-        return 0, turn + 1
-    return block + 1, turn
 
 
 # --- one token -------------------------------------------------------------------------------------------------------
@@ -120,14 +85,15 @@ def _store8(sums, at, s):
         store_i32x16(sums, at + 64 * i, s[i])
 
 
-def _one(levels):
+def _one(lines, levels):
     @kernel
     def add_one(data, tile, blocks, chain, values, x, sums):
         """sums int32 [16 * steps] += one tile times the int8 values from byte x on."""
         for block in range(blocks):
             s = _load8(sums, 512 * block)
             for panel in range(PANELS):
-                s = _dot8(s, levels(data, tile, block, blocks, chain, panel), broadcast4(values, x + 4 * panel))
+                at = lines(data, tile, block, blocks, chain, panel)
+                s = _dot8(s, levels(data, at), broadcast4(values, x + 4 * panel))
             _store8(sums, 512 * block, s)
 
     return add_one
@@ -186,12 +152,12 @@ def _eight_by_one(scratch, values, x, sums, at):
     _store8(sums, at, s)
 
 
-def _block(levels):
+def _block(lines, levels):
     @kernel
     def decode_block(data, tile, block, blocks, chain, scratch):
         """scratch uint8 [SCRATCH] = the levels of a block, step after step, panel after panel."""
         for panel in range(PANELS):
-            found = levels(data, tile, block, blocks, chain, panel)
+            found = levels(data, lines(data, tile, block, blocks, chain, panel))
             for step in range(8):
                 store_u8x64(scratch, 1024 * step + 64 * panel, found[step])
 
@@ -216,9 +182,13 @@ def _many(decode_block):
     return add_many
 
 
-_one_t20, _one_t15, _one_t10 = _one(_levels_t20), _one(_levels_t15), _one(_levels_t10)
-_block_t20, _block_t15, _block_t10 = _block(_levels_t20), _block(_levels_t15), _block(_levels_t10)
-_many_t20, _many_t15, _many_t10 = _many(_block_t20), _many(_block_t15), _many(_block_t10)
+T20_LINES = (lines_t20, first_t20, second_t20) if NARROW else (lines_t20, whole_t20)
+T15_LINES = (lines_t15, first_t15, second_t15) if NARROW else (lines_t15, whole_t15)
+T10_LINES = (lines_t10, first_t10, second_t10) if NARROW else (lines_t10, whole_t10)
+one, block, many = (narrow.one, narrow.block, narrow.many) if NARROW else (_one, _block, _many)
+_one_t20, _one_t15, _one_t10 = one(*T20_LINES), one(*T15_LINES), one(*T10_LINES)
+_block_t20, _block_t15, _block_t10 = block(*T20_LINES), block(*T15_LINES), block(*T10_LINES)
+_many_t20, _many_t15, _many_t10 = many(_block_t20), many(_block_t15), many(_block_t10)
 
 
 @kernel

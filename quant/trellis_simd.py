@@ -1,8 +1,9 @@
 """Eight steps of a trellis code in registers: the decoding half of the trellis kernels, emitted as LLVM vector code.
 
-A vector holds 64 lanes, one byte each. Four bits of a lane index a table of sixteen. Under AVX-512-VBMI (`vpermb`) an
-index has six bits, so a table repeated in the right order takes its four from bit 0, 1 or 2 of a byte and ignores what
-stands around them: most windows of a stream need neither shift nor mask. Elsewhere each is shifted down and masked.
+A vector holds 64 lanes, or 32, one byte each. Four bits of a lane index a table of sixteen. Under AVX-512-VBMI
+(`vpermb`) an index has six bits, so a table repeated in the right order takes its four from bit 0, 1 or 2 of a byte
+and ignores what stands around them: most windows of a stream need neither shift nor mask. Elsewhere each is shifted
+down and masked.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,9 @@ from numba.extending import intrinsic
 
 from quant.codes import T10, T15, T20, Code, Table
 from quant.cpu import FEATURES, ISA
-from quant.simd import I8, I16, I32, at, by_parts, call, constant, u8x64
+from quant.simd import I8, I16, I32, at, by_parts, call, constant, operation, u8x32, u8x64
 
-BYTES, WORDS = u8x64.ir, ir.VectorType(I16, 32)
+BYTES = u8x64.ir
 HAS_VBMI = ISA == "avx512vnni" and "avx512vbmi" in FEATURES
 SHUFFLES = {"avxvnni": "llvm.x86.avx2.pshuf.b", "avx2": "llvm.x86.avx2.pshuf.b"}
 
@@ -34,14 +35,16 @@ def _lookup(b: Any, table: Table, index: Window, place: int = 0) -> Any:
         entries = [table[i >> index.place & 15] << place for i in range(64)]
         return call(b, "llvm.x86.avx512.permvar.qi.512", BYTES, ir.Constant(BYTES, entries), index.lanes)
     assert index.place == place == 0
+    lanes = index.lanes.type
+    repeated = ir.Constant(lanes, [*table] * (lanes.count // 16))
     if ISA == "avx512vnni":
-        return call(b, "llvm.x86.avx512.pshuf.b.512", BYTES, ir.Constant(BYTES, [*table] * 4), index.lanes)
+        return call(b, "llvm.x86.avx512.pshuf.b.512", lanes, repeated, index.lanes)
     if ISA in SHUFFLES:
-        return by_parts(b, SHUFFLES[ISA], BYTES, 2, ir.Constant(BYTES, [*table] * 4), index.lanes)
-    found = constant(BYTES, table[0])  # any machine: one comparison per entry
+        return by_parts(b, SHUFFLES[ISA], lanes, lanes.count // 32, repeated, index.lanes)
+    found = constant(lanes, table[0])  # any machine: one comparison per entry
     for value in range(1, 16):
-        hit = b.icmp_unsigned("==", index.lanes, constant(BYTES, value))
-        found = b.select(hit, constant(BYTES, table[value]), found)
+        hit = b.icmp_unsigned("==", index.lanes, constant(lanes, value))
+        found = b.select(hit, constant(lanes, table[value]), found)
     return found
 
 
@@ -50,16 +53,20 @@ def _crossed(b: Any, index: Window, table: Table, other: Window) -> Window:
     return Window(b.xor(index.lanes, _lookup(b, table, other, index.place)), index.place)
 
 
+def _shifted(b: Any, shift: Any, x: Any, count: int) -> Any:
+    """Bytes shifted, with bits of the neighbouring byte coming in: no machine shifts bytes."""
+    words = ir.VectorType(I16, x.type.count // 2)
+    return b.bitcast(shift(b.bitcast(x, words), constant(words, count)), x.type) if count else x
+
+
 def _down(b: Any, x: Any, count: int) -> Any:
-    """Bytes shifted right, with bits of the neighbouring byte coming in from above: no machine shifts bytes."""
-    return b.bitcast(b.lshr(b.bitcast(x, WORDS), constant(WORDS, count)), BYTES) if count else x
+    return _shifted(b, b.lshr, x, count)
 
 
 def _joined(b: Any, low: Any, high: Any, count: int) -> Any:
     """The last `count` bits of the byte `low`, followed by the first of `high`."""
-    upper = b.bitcast(b.shl(b.bitcast(high, WORDS), constant(WORDS, count)), BYTES)
-    kept = constant(BYTES, (1 << count) - 1)
-    return b.or_(b.and_(_down(b, low, 8 - count), kept), b.and_(upper, b.not_(kept)))
+    kept = constant(low.type, (1 << count) - 1)
+    return b.or_(b.and_(_down(b, low, 8 - count), kept), b.and_(_shifted(b, b.shl, high, count), b.not_(kept)))
 
 
 def _window(b: Any, stream: tuple[Any, ...], t: int, place: int, kept: int = 3) -> Window:
@@ -76,7 +83,7 @@ def _window(b: Any, stream: tuple[Any, ...], t: int, place: int, kept: int = 3) 
     else:
         assert offset <= 4
         lanes = _down(b, stream[byte], inside)
-    return Window(lanes if HAS_VBMI else b.and_(lanes, constant(BYTES, 15)), place)
+    return Window(lanes if HAS_VBMI else b.and_(lanes, constant(lanes.type, 15)), place)
 
 
 PLACES = (0, 1, 2, 0, 1, 0, 1, 2)  # by t % 8: three windows of a byte, two of it shifted by three, three across
@@ -126,15 +133,17 @@ def _t10(b: Any, e: Any, e1: Any, e2: Any) -> list[Any]:
 
 
 def _steps(arguments: int, emit: Callable[..., list[Any]]) -> Any:
-    """A Numba intrinsic: lines of a stream -> the levels of eight steps, a tuple of eight u8x64."""
-    signature = types.UniTuple(u8x64, 8)(*[u8x64] * arguments)
+    """A Numba intrinsic: lines of a stream, u8x64 or u8x32 -> the levels of eight steps, a tuple of eight such."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return context.make_tuple(builder, sig.return_type, emit(builder, *args))
 
+    def signature(line: Any) -> Any:
+        return types.UniTuple(line, 8)(*[line] * arguments)
+
     typed = {
-        3: lambda typingctx, a, b, c: (signature, codegen),
-        4: lambda typingctx, a, b, c, d: (signature, codegen),
+        3: lambda typingctx, a, b, c: (signature(a), codegen),
+        4: lambda typingctx, a, b, c, d: (signature(a), codegen),
     }
     return intrinsic(typed[arguments])
 
@@ -156,10 +165,25 @@ def load_nibbles(typingctx, array, offset, following):
         for position in args[1:]:
             line = builder.load(at(context, builder, sig.args[0], args[0], position, half), align=1)
             parts.append(builder.shuffle_vector(line, ir.Constant(half, ir.Undefined), twice))
-        down = ir.Constant(WORDS, [0] * 16 + [4] * 16)
-        up = ir.Constant(WORDS, [4] * 16 + [0] * 16)
-        low = builder.lshr(builder.bitcast(builder.and_(parts[0], low_high), WORDS), down)
-        high = builder.shl(builder.bitcast(builder.and_(parts[1], low_high), WORDS), up)
+        words = ir.VectorType(I16, 32)
+        down = ir.Constant(words, [0] * 16 + [4] * 16)
+        up = ir.Constant(words, [4] * 16 + [0] * 16)
+        low = builder.lshr(builder.bitcast(builder.and_(parts[0], low_high), words), down)
+        high = builder.shl(builder.bitcast(builder.and_(parts[1], low_high), words), up)
         return builder.bitcast(builder.or_(low, high), BYTES)
 
     return u8x64(array, types.intp, types.intp), codegen
+
+
+def _half_nibbles(first: bool) -> Any:
+    def emit(b: Any, line: Any, following: Any) -> Any:
+        low, high = constant(line.type, 15), constant(line.type, 0xF0)
+        if first:
+            return b.or_(b.and_(line, low), b.and_(_shifted(b, b.shl, following, 4), high))
+        return b.or_(b.and_(_down(b, line, 4), low), b.and_(following, high))
+
+    return operation(u8x32, (u8x32, u8x32), emit)
+
+
+# What `load_nibbles` gives, in two halves, of the two lines of 32 bytes.
+first_nibbles, second_nibbles = _half_nibbles(True), _half_nibbles(False)
