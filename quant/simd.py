@@ -19,6 +19,8 @@ from quant.cpu import ISA
 # For the parts of a kernel: without reference counts, whose atomic updates would drain the pipeline at every tile.
 # What they return must not be an array where the caller is an ordinary `njit` function: it would count down.
 kernel = njit(_nrt=False)
+# For parts that pass many vectors and are called twice: as a real call those would go through memory.
+inlined = njit(_nrt=False, forceinline=True)
 
 I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 
@@ -369,9 +371,9 @@ DOT4 = {"avx512vnni": _dot4_512, "avxvnni": _dot4_256}
 # dot4(acc, weights, x): acc[i] + sum over k of weights[4i+k] (0..255) * x[4i+k] (-128..127)
 dot4 = operation(i32x16, (i32x16, u8x64, u8x64), DOT4.get(ISA, _dot4_generic))
 # The same where no weight is above 127, so that two products always fit 16 bits.
-SMALL = _dot4_avx2 if ISA == "avx2" else DOT4.get(ISA, _dot4_generic)
-dot4_small = operation(i32x16, (i32x16, u8x64, u8x64), SMALL)
-dot4_half = operation(i32x8, (i32x8, u8x32, u8x32), SMALL)  # the same of half a line, for machines of 256 bits
+dot_small = _dot4_avx2 if ISA == "avx2" else DOT4.get(ISA, _dot4_generic)
+dot4_small = operation(i32x16, (i32x16, u8x64, u8x64), dot_small)
+dot4_half = operation(i32x8, (i32x8, u8x32, u8x32), dot_small)  # the same of half a line, for machines of 256 bits
 # The AVX2 spelling, two steps: u8 x s8 pairs added with 16-bit saturation, then 16-bit pairs added into 32 bits.
 pairs_i8 = operation(i16x32, (u8x64, u8x64), _pairs_i8)
 pairs_i16 = operation(i32x16, (i16x32,), _pairs_i16)

@@ -1,11 +1,23 @@
-"""Where eight steps of one panel begin, and their levels: block `block` of the tile at byte `tile` of `data`.
+"""Eight steps of one panel, block `block` of the tile at byte `tile` of `data`: where they begin, and their lines.
 
 What follows a block may be the next panel's. One function per code, for a choice inside the loops would cost half of
-the speed. Levels come for all 64 lanes at once, or for the first or second half of them.
+the speed. Lines come whole, or the first or second half of each.
 """
 
+from typing import Any, NamedTuple
+
 from quant.simd import kernel, load_u8x32, load_u8x64, prefetch
-from quant.trellis_simd import first_nibbles, levels_t10, levels_t15, levels_t20, load_nibbles, second_nibbles
+from quant.trellis_simd import (
+    add_t10,
+    add_t15,
+    add_t20,
+    first_nibbles,
+    levels_t10,
+    levels_t15,
+    levels_t20,
+    load_nibbles,
+    second_nibbles,
+)
 
 AHEAD = 4096  # bytes: decoding is slow enough for a stream to need being asked for
 
@@ -28,7 +40,7 @@ def _following(block, turn, blocks):
 
 
 @kernel
-def lines_t20(data, tile, block, blocks, chain, panel):
+def _at_t20(data, tile, block, blocks, chain, panel):
     """Of streams e and o, and of what follows them."""
     after, turn = _following(block, 0, blocks)
     here, there = tile + 2048 * block + 128 * panel, tile + 2048 * after + 128 * _turned(panel, turn, chain)
@@ -38,7 +50,7 @@ def lines_t20(data, tile, block, blocks, chain, panel):
 
 
 @kernel
-def lines_t15(data, tile, block, blocks, chain, panel):
+def _at_t15(data, tile, block, blocks, chain, panel):
     """Of stream e and what follows it, of stream o (half a line) and what follows that."""
     after, turn = _following(block, 0, blocks)
     here, there, other = tile + 1536 * block, tile + 1536 * after, _turned(panel, turn, chain)
@@ -48,7 +60,7 @@ def lines_t15(data, tile, block, blocks, chain, panel):
 
 
 @kernel
-def lines_t10(data, tile, block, blocks, chain, panel):
+def _at_t10(data, tile, block, blocks, chain, panel):
     """Of stream e, what follows it, and what follows that."""
     after, turn = _following(block, 0, blocks)
     further, turns = _following(after, turn, blocks)
@@ -58,66 +70,67 @@ def lines_t10(data, tile, block, blocks, chain, panel):
     return here, there, tile + 1024 * further + 64 * _turned(panel, turns, chain)
 
 
-# --- levels of eight steps -------------------------------------------------------------------------------------------
+# --- the lines themselves, whole or a half of each -------------------------------------------------------------------
 
 
 @kernel
-def whole_t20(data, at):
-    return levels_t20(
-        load_u8x64(data, at[0]), load_u8x64(data, at[1]), load_u8x64(data, at[2]), load_u8x64(data, at[3])
-    )
+def _whole_t20(data, at):
+    return load_u8x64(data, at[0]), load_u8x64(data, at[1]), load_u8x64(data, at[2]), load_u8x64(data, at[3])
 
 
 @kernel
-def whole_t15(data, at):
-    return levels_t15(load_u8x64(data, at[0]), load_u8x64(data, at[1]), load_nibbles(data, at[2], at[3]))
+def _whole_t15(data, at):
+    return load_u8x64(data, at[0]), load_u8x64(data, at[1]), load_nibbles(data, at[2], at[3])
 
 
 @kernel
-def whole_t10(data, at):
-    return levels_t10(load_u8x64(data, at[0]), load_u8x64(data, at[1]), load_u8x64(data, at[2]))
+def _whole_t10(data, at):
+    return load_u8x64(data, at[0]), load_u8x64(data, at[1]), load_u8x64(data, at[2])
 
 
 @kernel
-def _half_t20(data, at, skip):
-    e, e1 = load_u8x32(data, at[0] + skip), load_u8x32(data, at[1] + skip)
-    return levels_t20(e, e1, load_u8x32(data, at[2] + skip), load_u8x32(data, at[3] + skip))
+def _first_t20(data, at):
+    return load_u8x32(data, at[0]), load_u8x32(data, at[1]), load_u8x32(data, at[2]), load_u8x32(data, at[3])
 
 
 @kernel
-def first_t20(data, at):
-    return _half_t20(data, at, 0)
+def _second_t20(data, at):
+    return _first_t20(data, (at[0] + 32, at[1] + 32, at[2] + 32, at[3] + 32))
 
 
 @kernel
-def second_t20(data, at):
-    return _half_t20(data, at, 32)
-
-
-@kernel
-def first_t15(data, at):
+def _first_t15(data, at):
     o = first_nibbles(load_u8x32(data, at[2]), load_u8x32(data, at[3]))
-    return levels_t15(load_u8x32(data, at[0]), load_u8x32(data, at[1]), o)
+    return load_u8x32(data, at[0]), load_u8x32(data, at[1]), o
 
 
 @kernel
-def second_t15(data, at):
+def _second_t15(data, at):
     o = second_nibbles(load_u8x32(data, at[2]), load_u8x32(data, at[3]))
-    return levels_t15(load_u8x32(data, at[0] + 32), load_u8x32(data, at[1] + 32), o)
+    return load_u8x32(data, at[0] + 32), load_u8x32(data, at[1] + 32), o
 
 
 @kernel
-def _half_t10(data, at, skip):
-    return levels_t10(
-        load_u8x32(data, at[0] + skip), load_u8x32(data, at[1] + skip), load_u8x32(data, at[2] + skip)
-    )
+def _first_t10(data, at):
+    return load_u8x32(data, at[0]), load_u8x32(data, at[1]), load_u8x32(data, at[2])
 
 
 @kernel
-def first_t10(data, at):
-    return _half_t10(data, at, 0)
+def _second_t10(data, at):
+    return _first_t10(data, (at[0] + 32, at[1] + 32, at[2] + 32))
 
 
-@kernel
-def second_t10(data, at):
-    return _half_t10(data, at, 32)
+class Steps(NamedTuple):
+    """A code's kernels: `at` gives what `whole`, `first` and `second` read for `levels` and `add`."""
+
+    at: Any
+    whole: Any
+    first: Any
+    second: Any
+    levels: Any
+    add: Any
+
+
+STEPS_T20 = Steps(_at_t20, _whole_t20, _first_t20, _second_t20, levels_t20, add_t20)
+STEPS_T15 = Steps(_at_t15, _whole_t15, _first_t15, _second_t15, levels_t15, add_t15)
+STEPS_T10 = Steps(_at_t10, _whole_t10, _first_t10, _second_t10, levels_t10, add_t10)

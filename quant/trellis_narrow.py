@@ -20,22 +20,17 @@ from quant.trellis import LONGEST, PANELS
 ROW = 4 * 16 * LONGEST  # bytes of one token's sums
 
 
-@kernel
-def _add8(sums, at, levels, x):
-    for step in range(8):
-        place = at + 64 * step
-        store_i32x8(sums, place, dot4_half(load_i32x8(sums, place), levels[step], x))
+def one(code):
+    where, first, second, add = code.at, code.first, code.second, code.add
 
-
-def one(lines, first, second):
     @kernel
     def add_one(data, tile, blocks, chain, values, x, sums):
         for block in range(blocks):
             for panel in range(PANELS):
-                at, four = lines(data, tile, block, blocks, chain, panel), broadcast4_half(values, x + 4 * panel)
-                _add8(sums, 512 * block, first(data, at), four)
+                at, four = where(data, tile, block, blocks, chain, panel), broadcast4_half(values, x + 4 * panel)
+                add(sums, 512 * block, four, *first(data, at))
                 fence()
-                _add8(sums, 512 * block + 32, second(data, at), four)
+                add(sums, 512 * block + 32, four, *second(data, at))
                 fence()
 
     return add_one
@@ -47,14 +42,16 @@ def _store8(scratch, at, levels):
         store_u8x32(scratch, at + 1024 * step, levels[step])
 
 
-def block(lines, first, second):
+def block(code):
+    where, first, second, levels = code.at, code.first, code.second, code.levels
+
     @kernel
     def decode_block(data, tile, block, blocks, chain, scratch):
         for panel in range(PANELS):
-            at = lines(data, tile, block, blocks, chain, panel)
-            _store8(scratch, 64 * panel, first(data, at))
+            at = where(data, tile, block, blocks, chain, panel)
+            _store8(scratch, 64 * panel, levels(*first(data, at)))
             fence()
-            _store8(scratch, 64 * panel + 32, second(data, at))
+            _store8(scratch, 64 * panel + 32, levels(*second(data, at)))
             fence()
 
     return decode_block

@@ -31,20 +31,7 @@ from quant.simd import (
     to_f32,
 )
 from quant.trellis import COLUMNS, LONGEST, PANELS
-from quant.trellis_lines import (
-    first_t10,
-    first_t15,
-    first_t20,
-    lines_t10,
-    lines_t15,
-    lines_t20,
-    second_t10,
-    second_t15,
-    second_t20,
-    whole_t10,
-    whole_t15,
-    whole_t20,
-)
+from quant.trellis_lines import STEPS_T10, STEPS_T15, STEPS_T20
 
 ROWS = 16 * LONGEST  # of the largest slab
 NARROW = ISA in ("avx2", "avxvnni")
@@ -85,15 +72,17 @@ def _store8(sums, at, s):
         store_i32x16(sums, at + 64 * i, s[i])
 
 
-def _one(lines, levels):
+def _one(code):
+    where, whole, levels = code.at, code.whole, code.levels
+
     @kernel
     def add_one(data, tile, blocks, chain, values, x, sums):
         """sums int32 [16 * steps] += one tile times the int8 values from byte x on."""
         for block in range(blocks):
             s = _load8(sums, 512 * block)
             for panel in range(PANELS):
-                at = lines(data, tile, block, blocks, chain, panel)
-                s = _dot8(s, levels(data, at), broadcast4(values, x + 4 * panel))
+                lines = whole(data, where(data, tile, block, blocks, chain, panel))
+                s = _dot8(s, levels(*lines), broadcast4(values, x + 4 * panel))
             _store8(sums, 512 * block, s)
 
     return add_one
@@ -152,12 +141,14 @@ def _eight_by_one(scratch, values, x, sums, at):
     _store8(sums, at, s)
 
 
-def _block(lines, levels):
+def _block(code):
+    where, whole, levels = code.at, code.whole, code.levels
+
     @kernel
     def decode_block(data, tile, block, blocks, chain, scratch):
         """scratch uint8 [SCRATCH] = the levels of a block, step after step, panel after panel."""
         for panel in range(PANELS):
-            found = levels(data, lines(data, tile, block, blocks, chain, panel))
+            found = levels(*whole(data, where(data, tile, block, blocks, chain, panel)))
             for step in range(8):
                 store_u8x64(scratch, 1024 * step + 64 * panel, found[step])
 
@@ -182,12 +173,9 @@ def _many(decode_block):
     return add_many
 
 
-T20_LINES = (lines_t20, first_t20, second_t20) if NARROW else (lines_t20, whole_t20)
-T15_LINES = (lines_t15, first_t15, second_t15) if NARROW else (lines_t15, whole_t15)
-T10_LINES = (lines_t10, first_t10, second_t10) if NARROW else (lines_t10, whole_t10)
 one, block, many = (narrow.one, narrow.block, narrow.many) if NARROW else (_one, _block, _many)
-_one_t20, _one_t15, _one_t10 = one(*T20_LINES), one(*T15_LINES), one(*T10_LINES)
-_block_t20, _block_t15, _block_t10 = block(*T20_LINES), block(*T15_LINES), block(*T10_LINES)
+_one_t20, _one_t15, _one_t10 = one(STEPS_T20), one(STEPS_T15), one(STEPS_T10)
+_block_t20, _block_t15, _block_t10 = block(STEPS_T20), block(STEPS_T15), block(STEPS_T10)
 _many_t20, _many_t15, _many_t10 = many(_block_t20), many(_block_t15), many(_block_t10)
 
 

@@ -6,7 +6,7 @@ and ignores what stands around them: most windows of a stream need neither shift
 down and masked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from quant.codes import T10, T15, T20, Code, Table
 from quant.cpu import FEATURES, ISA
-from quant.simd import I8, I16, I32, at, by_parts, call, constant, operation, u8x32, u8x64
+from quant.simd import I8, I16, I32, at, by_parts, call, constant, dot_small, i32x8, operation, u8x32, u8x64
 
 BYTES = u8x64.ir
 HAS_VBMI = ISA == "avx512vnni" and "avx512vbmi" in FEATURES
@@ -89,22 +89,31 @@ def _window(b: Any, stream: tuple[Any, ...], t: int, place: int, kept: int = 3) 
 PLACES = (0, 1, 2, 0, 1, 0, 1, 2)  # by t % 8: three windows of a byte, two of it shifted by three, three across
 
 
-def _windows(b: Any, count: int, *stream: Any) -> list[Window]:
-    """Windows at t = 0 .. count - 1, shifted as little as possible."""
-    return [_window(b, stream, t, PLACES[t % 8]) for t in range(count)]
+class _Windows:
+    """Windows of a stream, shifted as little as possible: made at once, or where registers are few when asked for."""
+
+    def __init__(self, b: Any, count: int, *stream: Any) -> None:
+        self.b, self.stream = b, stream
+        self.made: dict[int, Window] = {}
+        if stream[0].type == BYTES:
+            for t in range(count):
+                self[t]
+
+    def __getitem__(self, t: int) -> Window:
+        if t not in self.made:
+            self.made[t] = _window(self.b, self.stream, t, PLACES[t % 8])
+        return self.made[t]
 
 
 def _level(b: Any, code: Code, phase: int, first: Window, second: Window) -> Any:
     return b.add(_lookup(b, code.a[phase], first), _lookup(b, code.b[phase], second))
 
 
-def _t20(b: Any, e: Any, e1: Any, o: Any, o1: Any) -> list[Any]:
-    at_e, at_o = _windows(b, 10, e, e1), _windows(b, 10, o, o1)
-    levels = []
+def _t20(b: Any, e: Any, e1: Any, o: Any, o1: Any) -> Iterator[Any]:
+    at_e, at_o = _Windows(b, 10, e, e1), _Windows(b, 10, o, o1)
     for t in range(8):
         first = _crossed(b, at_e[t], T20.p, at_o[t + 2])
-        levels.append(_level(b, T20, 0, first, _crossed(b, at_o[t], T20.q, at_e[t + 2])))
-    return levels
+        yield _level(b, T20, 0, first, _crossed(b, at_o[t], T20.q, at_e[t + 2]))
 
 
 # Where T15's two windows of stream e stand at each step: the same for both steps that share one of stream o, so that
@@ -112,31 +121,27 @@ def _t20(b: Any, e: Any, e1: Any, o: Any, o1: Any) -> list[Any]:
 T15_FIRST, T15_SECOND = (0, 0, 2, 2, 0, 0, 2, 2), (0, 0, 1, 1, 0, 0, 1, 1)
 
 
-def _t15(b: Any, e: Any, e1: Any, o: Any) -> list[Any]:
+def _t15(b: Any, e: Any, e1: Any, o: Any) -> Iterator[Any]:
     """`o` holds this block's four bits and the next block's."""
-    levels = []
     for t in range(8):
         shared = _window(b, (o,), t // 2, PLACES[t // 2])
         first = _crossed(b, _window(b, (e, e1), t, T15_FIRST[t], 4), T15.p, shared)
         second = _crossed(b, _window(b, (e, e1), t + 3, T15_SECOND[t], 4), T15.q, shared)
-        levels.append(_level(b, T15, t % 2, first, second))
-    return levels
+        yield _level(b, T15, t % 2, first, second)
 
 
-def _t10(b: Any, e: Any, e1: Any, e2: Any) -> list[Any]:
-    at_e = _windows(b, 16, e, e1, e2)
-    levels = []
+def _t10(b: Any, e: Any, e1: Any, e2: Any) -> Iterator[Any]:
+    at_e = _Windows(b, 16, e, e1, e2)
     for t in range(8):
         first, second = _crossed(b, at_e[t], T10.p, at_e[t + 8]), _crossed(b, at_e[t + 4], T10.q, at_e[t + 8])
-        levels.append(_level(b, T10, 0, first, second))
-    return levels
+        yield _level(b, T10, 0, first, second)
 
 
-def _steps(arguments: int, emit: Callable[..., list[Any]]) -> Any:
+def _steps(arguments: int, emit: Callable[..., Iterator[Any]]) -> Any:
     """A Numba intrinsic: lines of a stream, u8x64 or u8x32 -> the levels of eight steps, a tuple of eight such."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return context.make_tuple(builder, sig.return_type, emit(builder, *args))
+        return context.make_tuple(builder, sig.return_type, list(emit(builder, *args)))
 
     def signature(line: Any) -> Any:
         return types.UniTuple(line, 8)(*[line] * arguments)
@@ -151,6 +156,32 @@ def _steps(arguments: int, emit: Callable[..., list[Any]]) -> Any:
 levels_t20 = _steps(4, _t20)  # e, next e, o, next o
 levels_t15 = _steps(3, _t15)  # e, next e, o
 levels_t10 = _steps(3, _t10)  # e, next e, the one after
+
+
+def _adding(arguments: int, emit: Callable[..., Iterator[Any]]) -> Any:
+    """A Numba intrinsic (sums, at, x, *halves of lines): each level is multiplied as soon as it is there.
+
+    The sums of a step, eight int32, are 64 bytes from those of the one before.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        for step, level in enumerate(emit(builder, *args[3:])):
+            offset = builder.add(args[1], ir.Constant(args[1].type, 64 * step))
+            place = at(context, builder, sig.args[0], args[0], offset, i32x8.ir)
+            builder.store(dot_small(builder, builder.load(place, align=1), level, args[2]), place, align=1)
+        return context.get_dummy_value()
+
+    def signature(sums: Any) -> Any:
+        return types.void(sums, types.intp, u8x32, *[u8x32] * arguments)
+
+    typed = {
+        3: lambda typingctx, sums, at, x, a, b, c: (signature(sums), codegen),
+        4: lambda typingctx, sums, at, x, a, b, c, d: (signature(sums), codegen),
+    }
+    return intrinsic(typed[arguments])
+
+
+add_t20, add_t15, add_t10 = _adding(4, _t20), _adding(3, _t15), _adding(3, _t10)
 
 
 @intrinsic
