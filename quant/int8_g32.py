@@ -47,7 +47,9 @@ ROWS, COLUMNS, CODES = 32, 32, 1024  # of a block; bytes of its codes
 BLOCK = CODES + 2 * ROWS
 ZERO = 128  # the packed code of a zero weight
 LARGEST = 127
-WIDEN = 8  # tokens from which on it pays to widen an INT4 tile, in the cache, and use it four tokens at a time
+# Tokens from which on it pays to widen an INT4 tile, in the cache, and use it four tokens at a time. On AVX2, where
+# signed bytes take more instructions and registers than nibbles, never.
+WIDEN = 1 << 30 if ISA == "avx2" else 8
 ZEROS = np.uint32(0x80808080)
 
 

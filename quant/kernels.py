@@ -16,7 +16,7 @@ from numba import get_num_threads, njit, prange, types
 
 from quant import activations, aligned, int8_g32
 from quant.activations import encode_group, encode_token, row
-from quant.int4_g32 import BLOCK, ROWS, Int4G32, dot_tile, multiply
+from quant.int4_g32 import BLOCK, ROWS, Int4G32, dot_tile, dot_tile2, multiply
 from quant.simd import add_f32, atomic_add, kernel, load_f32x16, mul_f32, splat_f32, store_f32x16, store_tile
 from quant.swiglu import swiglu, swiglu_lanes
 
@@ -184,7 +184,13 @@ def _gate_up(gate_up, pairs, active, start, stop, inputs, inner, raw, widened):
             int8_g32.widen(flat, at, wide, widened)
         for pair in range(first, fours, 4):
             _gate_up_four(widened, wide, inputs, pairs.tokens[pair : pair + 4], raw[pair : pair + 4], 128 * tile)
-        for pair in range(fours, last):
+        twos = _twos(fours, last)
+        for pair in range(fours, twos, 2):
+            first_row, second_row = row(inputs, pairs.tokens[pair]), row(inputs, pairs.tokens[pair + 1])
+            gate, up, gate2, up2 = dot_tile2(flat, at, wide, first_row, second_row)
+            store_tile(raw[pair], 128 * tile, gate, up)
+            store_tile(raw[pair + 1], 128 * tile, gate2, up2)
+        for pair in range(twos, last):
             gate, up = dot_tile(flat, at, wide, row(inputs, pairs.tokens[pair]))
             store_tile(raw[pair], 128 * tile, gate, up)
     for pair in range(first, last):
@@ -195,8 +201,13 @@ def _gate_up(gate_up, pairs, active, start, stop, inputs, inner, raw, widened):
 
 @kernel
 def _fours(first, last):
-    """Where pairs first..last that are taken by fours end; the rest is taken one by one."""
+    """Where pairs first..last that are taken by fours end; the rest is taken by twos."""
     return first + (last - first) // 4 * 4 if last - first >= int8_g32.WIDEN else first
+
+
+@kernel
+def _twos(first, last):
+    return first + (last - first) // 2 * 2
 
 
 @kernel
@@ -228,7 +239,12 @@ def _down(down, pairs, start, stop, inner, y, widened):
                 int8_g32.widen(flat, at, wide, widened)
             for pair in range(first, fours, 4):
                 _down_four(widened, wide, inner, pairs, pair, y, 128 * tile)
-            for pair in range(fours, last):
+            twos = _twos(fours, last)
+            for pair in range(fours, twos, 2):
+                low, high, low2, high2 = dot_tile2(flat, at, wide, row(inner, pair), row(inner, pair + 1))
+                _add_weighted(y, pairs, pair, 128 * tile, low, high)
+                _add_weighted(y, pairs, pair + 1, 128 * tile, low2, high2)
+            for pair in range(twos, last):
                 low, high = dot_tile(flat, at, wide, row(inner, pair))
                 _add_weighted(y, pairs, pair, 128 * tile, low, high)
 

@@ -166,9 +166,14 @@ def _tile(work, inputs, tile, widened):
         int8_g32.widen(weights, 0, weights.size // int4_g32.BLOCK, widened)
         _int8_tile(widened, widened.size // int8_g32.BLOCK, inputs, work.y, tile)
     else:
-        for token in range(tokens):
-            pair = int4_g32.dot_tile(weights, 0, weights.size // int4_g32.BLOCK, row(inputs, token))
-            store_tile(work.y[token], 128 * tile, pair[0], pair[1])
+        wide, twos = weights.size // int4_g32.BLOCK, tokens // 2 * 2
+        for token in range(0, twos, 2):
+            low, high, low2, high2 = int4_g32.dot_tile2(weights, 0, wide, row(inputs, token), row(inputs, token + 1))
+            store_tile(work.y[token], 128 * tile, low, high)
+            store_tile(work.y[token + 1], 128 * tile, low2, high2)
+        for token in range(twos, tokens):
+            low, high = int4_g32.dot_tile(weights, 0, wide, row(inputs, token))
+            store_tile(work.y[token], 128 * tile, low, high)
 
 
 @kernel
