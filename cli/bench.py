@@ -3,9 +3,10 @@
 import json
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from cli.output import make_console
 
@@ -53,9 +54,7 @@ def kernels(
     )
     head = next(results)
     if not as_json:
-        out.print(f"{CPU_NAME}, {ISA} kernels. Physical ceiling, plain reading of the same memory:")
-        for n, gbps in head["ceiling_gbps"].items():
-            out.print(f"  {n} threads  {gbps:7.2f} GB/s")
+        _print_ceiling(out, CPU_NAME, ISA, head)
         for n, by_batch in head.get("ceiling_gflops", {}).items():
             for size, gflops in by_batch.items():
                 out.print(f"  {n} threads  {gflops:7.1f} GFLOP/s, {gflops / 2:.1f} Gweights/s: torch, batch {size}")
@@ -69,6 +68,52 @@ def kernels(
                 f"{row['gbps']:8.2f} {row['share']:6.1%} {row['gweights_s']:11.2f} {row['rel_err']:11.5f}"
             )
     typer.echo(json.dumps({**head, "rows": rows}))
+
+
+@bench_app.command()
+def linear(
+    megabytes: Annotated[float, typer.Option("--mb", min=1, help="Of matrices of each shape and format.")] = 1024,
+    threads: Annotated[str, typer.Option(help="Thread counts, with commas; default 1 and all cores.")] = "",
+    batch: Annotated[str, typer.Option(help="Tokens at once, with commas.")] = "1",
+    passes: Annotated[int, typer.Option(min=1, help="Timed passes per row; medians are reported.")] = 5,
+    isa: Annotated[str, typer.Option(help="Force a kernel family: avx2, avxvnni or generic.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the JSON line.")] = False,
+) -> None:
+    """Multiply the matrices every token needs, at K2.5's shapes, in bf16, int8 and INT4.
+
+    Without a GPU they are half of what a token reads.
+
+    Examples: kimi-local bench linear · kimi-local bench linear --batch 1,16 --threads 2 --json
+    """
+    force(isa)
+    from hybrid.device import default_threads
+    from quant.bench_linear import measure_linear
+    from quant.cpu import CPU_NAME, ISA
+
+    counts = _numbers("--threads", threads) or sorted({1, default_threads()})
+    out = make_console(sys.stdout)
+    results = measure_linear(
+        megabytes, counts, _numbers("--batch", batch), passes, lambda text: typer.echo(text, err=True)
+    )
+    head = next(results)
+    if not as_json:
+        _print_ceiling(out, CPU_NAME, ISA, head)
+        out.print("matrix                   format   threads batch     GB/s  share Gweights/s")
+    rows = []
+    for row in results:
+        rows.append(row)
+        if not as_json:
+            out.print(
+                f"{row['shape']:24} {row['format']:8} {row['threads']:7} {row['batch']:5} "
+                f"{row['gbps']:8.2f} {row['share']:6.1%} {row['gweights_s']:10.2f}"
+            )
+    typer.echo(json.dumps({**head, "rows": rows}))
+
+
+def _print_ceiling(out: Console, cpu: str, isa: str, head: dict[str, Any]) -> None:
+    out.print(f"{cpu}, {isa} kernels. Physical ceiling, plain reading of the same memory:")
+    for n, gbps in head["ceiling_gbps"].items():
+        out.print(f"  {n} threads  {gbps:7.2f} GB/s")
 
 
 @bench_app.command()

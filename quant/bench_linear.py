@@ -10,6 +10,7 @@ import numpy as np
 
 from quant import aligned, bf16, linear
 from quant.bandwidth import read_seconds
+from quant.bench import ceilings
 from quant.linear import Matrix
 from quant.scales import to_bits
 
@@ -90,17 +91,20 @@ def measure_linear(
     report: Callable[[str], None],
     shapes: dict[str, tuple[int, int]] = SHAPES,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row per shape, format, batch and number of threads, over `megabytes` of matrices of each.
+    """Yield {"ceiling_gbps": ..}, then a row per shape, format, batch and number of threads, over `megabytes` of each.
 
     Every timed pass is preceded by plain reading of the same memory with as many threads; `share` is the median of the
     ratios of such neighbours, and gbps counts the bytes of the weights once per batch.
     """
-    rng = np.random.default_rng(0)
+    rng, first = np.random.default_rng(0), True
     for shape, (rows, columns) in shapes.items():
         weights = rng.standard_normal((min(rows, ENCODED_ROWS), columns)).astype(np.float32)
         for name in BITS_PER_WEIGHT:
             report(f"{shape} in {name}")
             pool = make_pool(name, weights, rows, megabytes * 1e6)
+            if first:
+                yield {"ceiling_gbps": {str(n): round(v, 2) for n, v in ceilings(pool.memory, threads, passes).items()}}
+                first = False
             facts = {"shape": shape, "format": name, "bpw": BITS_PER_WEIGHT[name], "rows": rows, "cols": columns}
             error = relative_error(pool, weights, rng)
             for batch in batches:

@@ -20,6 +20,7 @@ from numba import njit
 from quant import aligned
 from quant.activations import Activations
 from quant.cpu import ISA
+from quant.dots import dot4, pairs_i8, pairs_i16
 from quant.scales import from_bits, search
 from quant.simd import (
     add_f32,
@@ -27,7 +28,6 @@ from quant.simd import (
     add_i32,
     bf16_to_f32,
     broadcast4,
-    dot4,
     eightfold,
     high_nibbles,
     high_nibbles_down,
@@ -37,8 +37,6 @@ from quant.simd import (
     load_u8x64,
     low_nibbles,
     mul_f32,
-    pairs_i8,
-    pairs_i16,
     sixteenth,
     splat_f32,
     splat_i32,

@@ -16,16 +16,13 @@ import numpy as np
 from quant import aligned, int4_g32
 from quant.activations import Activations
 from quant.cpu import ISA
+from quant.dots import abs_i8, dot4, dot4_small, flip_sign, sign_i8
 from quant.scales import from_bits, to_bits
 from quant.simd import (
-    abs_i8,
     add_f32,
     bf16_to_f32,
     broadcast4,
     constant,
-    dot4,
-    dot4_small,
-    flip_sign,
     high_nibbles_down,
     kernel,
     load_i16x16,
@@ -33,7 +30,6 @@ from quant.simd import (
     low_nibbles,
     mul_f32,
     operation,
-    sign_i8,
     splat_f32,
     splat_i32,
     store_i16x16,

@@ -5,16 +5,8 @@ spills instead costs more than their place in memory does: for one token sums ar
 many, those of four tokens and two steps are held over the sixteen panels of a decoded block.
 """
 
-from quant.simd import (
-    broadcast4_half,
-    dot4_half,
-    fence,
-    kernel,
-    load_i32x8,
-    load_u8x32,
-    store_i32x8,
-    store_u8x32,
-)
+from quant.dots import dot4_half
+from quant.simd import broadcast4_half, fence, kernel, load_i32x8, load_u8x32, store_i32x8, store_u8x32
 from quant.trellis import LONGEST, PANELS
 
 ROW = 4 * 16 * LONGEST  # bytes of one token's sums

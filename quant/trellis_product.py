@@ -11,11 +11,11 @@ from quant import trellis_narrow as narrow
 from quant.activations import SPAN
 from quant.codes import T10, T15, T20
 from quant.cpu import ISA
+from quant.dots import dot4_small
 from quant.simd import (
     add_f32,
     bf16_to_f32,
     broadcast4,
-    dot4_small,
     kernel,
     load_f32x16,
     load_i16x16,

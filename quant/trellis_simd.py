@@ -15,7 +15,8 @@ from numba.extending import intrinsic
 
 from quant.codes import T10, T15, T20, Code, Table
 from quant.cpu import FEATURES, ISA
-from quant.simd import I8, I16, I32, at, by_parts, call, constant, dot_small, i32x8, operation, u8x32, u8x64
+from quant.dots import by_parts, dot_small
+from quant.simd import I8, I16, I32, at, call, constant, i32x8, operation, u8x32, u8x64
 
 BYTES = u8x64.ir
 HAS_VBMI = ISA == "avx512vnni" and "avx512vbmi" in FEATURES

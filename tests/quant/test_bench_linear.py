@@ -3,7 +3,8 @@ from quant.bench_linear import measure_linear
 
 def test_a_row_per_format_batch_and_number_of_threads() -> None:
     said: list[str] = []
-    rows = list(measure_linear(2.2, [1], [1, 4], 1, said.append, {"small": (512, 256)}))
+    head, *rows = measure_linear(2.2, [1], [1, 4], 1, said.append, {"small": (512, 256)})
+    assert head["ceiling_gbps"]["1"] > 0
     assert [(row["format"], row["batch"]) for row in rows] == [
         (name, batch) for name in ("bf16", "int8_g32", "int4_g32") for batch in (1, 4)
     ]
